@@ -1,0 +1,234 @@
+"""Every part, one line each. Imports nothing heavy; third parties add lines by the entry point group ``remanence.parts``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from remanence.core.errors import BadInput, UnknownName, nearest
+from remanence.core.part import KINDS, Part
+
+_SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+VERBS = ("learn", "keep", "forget", "where", "recall", "budget", "measure")
+
+PARTS: tuple[Part, ...] = (
+    # learn
+    Part("finetune", "learn", "method", "baseline", "remanence.learn.finetune:Finetune", ("rehearsal-free-l2",), "A Closer Look at Rehearsal-Free Continual Learning, 2023, arXiv 2203.17269", ("labels",)),
+    Part("joint", "learn", "method", "baseline", "remanence.learn.joint:Joint", (), "the upper bound of every continual-learning study", ("labels", "old-data")),
+    Part("nmc", "learn", "method", "prototype", "remanence.learn.nmc:NMC", ("nmc-pretrained",), "A Simple Baseline that Questions the Use of Pretrained-Models in Continual Learning, 2022, arXiv 2210.04428", ("labels", "frozen-backbone")),
+    # keep
+    Part("replay", "keep", "method", "replay", "remanence.keep.replay:Replay", (), "On Tiny Episodic Memories in Continual Learning, 2019, arXiv 1902.10486", ("labels", "stores-examples")),
+    Part("ewc", "keep", "method", "regularisation", "remanence.keep.ewc:EWC", ("rehearsal-free-l2",), "Overcoming catastrophic forgetting in neural networks, 2017, arXiv 1612.00796; Progress & Compress, 2018, arXiv 1805.06370", ("labels", "borders")),
+    Part("l2", "keep", "method", "regularisation", "remanence.keep.l2:L2", ("rehearsal-free-l2",), "A Closer Look at Rehearsal-Free Continual Learning, 2023, arXiv 2203.17269", ("borders",)),
+    Part("lwf", "keep", "method", "distillation", "remanence.keep.lwf:LwF", ("rehearsal-free-l2",), "Learning without Forgetting, 2016, arXiv 1606.09282; A Closer Look at Rehearsal-Free Continual Learning, 2023, arXiv 2203.17269", ("borders", "class-head")),
+    Part("feature-distill", "keep", "method", "distillation", "remanence.keep.feature_distill:FeatureDistill", ("rehearsal-free-l2",), "A Closer Look at Rehearsal-Free Continual Learning, 2023, arXiv 2203.17269", ("borders",)),
+    Part("refresh-learning", "keep", "method", "schedule", "remanence.keep.refresh_learning:RefreshLearning", ("refresh-learning",), "A Unified and General Framework for Continual Learning, 2024, arXiv 2403.13249", ("labels",)),
+    Part("fpf", "keep", "method", "schedule", "remanence.keep.fpf:FPF", ("fpf",), "Does Continual Learning Equally Forget All Parameters?, 2023, arXiv 2304.04158", ("labels", "stores-examples")),
+    Part("gpm", "keep", "method", "projection", "remanence.keep.gpm:GPM", (), "Gradient Projection Memory for Continual Learning, 2021, arXiv 2103.09762", ("borders",)),
+    # where
+    Part("saliency", "where", "method", "mask", "remanence.where.saliency:Saliency", ("salun",), "SalUn, 2024, arXiv 2310.12508", ("labels",)),
+    Part("hft", "where", "method", "parameter-isolation", "remanence.where.hft:HFT", ("hft",), "HFT: Half Fine-Tuning for Large Language Models, 2024, arXiv 2404.18466", ()),
+    Part("lora", "where", "method", "adapter", "remanence.where.lora:LoRA", (), "LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685", ()),
+    # forget
+    Part("retrain", "forget", "method", "exact", "remanence.forget.retrain:Retrain", (), "the definition of exact unlearning: Machine Unlearning, 2021, arXiv 1912.03817", ("retain-data", "lineage")),
+    Part("catastrophic", "forget", "method", "finetuning", "remanence.forget.catastrophic:Catastrophic", (), "Eternal Sunshine of the Spotless Net, 2020, arXiv 1911.04933", ("labels", "retain-data")),
+    Part("gradient-ascent", "forget", "method", "gradient", "remanence.forget.gradient_ascent:GradientAscent", (), "Unrolling SGD, 2022, arXiv 2109.13398", ("labels",)),
+    Part("random-label", "forget", "method", "relabelling", "remanence.forget.random_label:RandomLabel", (), "Amnesiac Machine Learning, 2021, arXiv 2010.10981", ("labels", "class-head", "retain-data")),
+    Part("ssd", "forget", "method", "weight-saliency", "remanence.forget.ssd:SSD", ("ssd",), "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening, 2024, arXiv 2308.07707", ("labels", "old-data")),
+    Part("salun", "forget", "method", "weight-saliency", "remanence.forget.salun:SalUn", ("salun",), "SalUn, 2024, arXiv 2310.12508", ("labels", "class-head", "retain-data")),
+    # measure
+    Part("accuracy", "measure", "metric", "utility", "remanence.measure.metrics.accuracy:Accuracy", (), "mean held-out accuracy over the tasks seen", ("labels",)),
+    Part("forgetting", "measure", "metric", "utility", "remanence.measure.metrics.forgetting:Forgetting", ("rehearsal-free-l2",), "Riemannian Walk, 2018, arXiv 1801.10112; Gradient Episodic Memory, 2017, arXiv 1706.08840", ("labels",)),
+    Part("membership", "measure", "metric", "privacy", "remanence.measure.metrics.membership:Membership", ("salun",), "Systematic Evaluation of Privacy Risks of Machine Learning Models, 2021, arXiv 2003.10595", ("labels",)),
+    Part("bytes", "measure", "metric", "cost", "remanence.measure.metrics.bytes:Bytes", (), "bytes of every holder, in one unit", ()),
+    Part("stability-gap", "measure", "metric", "worst-case", "remanence.measure.metrics.stability_gap:StabilityGap", ("stability-gap",), "Continual evaluation for lifelong learning: Identifying the stability gap, 2023, arXiv 2205.13452", ("labels",)),
+)  # fmt: skip
+
+
+@cache
+def every() -> tuple[Part, ...]:
+    """Our parts and those of installed packages that offer some.
+
+    An entry point of the group ``remanence.parts`` names a `Part` or an iterable of them.
+
+    Raises:
+        BadInput: an offered part is malformed or takes a name that is in use.
+    """
+    from importlib.metadata import entry_points
+
+    found = list(PARTS)
+    for entry in entry_points(group="remanence.parts"):
+        found += _offered(entry)
+    joined(found)
+    return tuple(found)
+
+
+def _offered(entry: Any) -> list[Part]:
+    """The parts behind an entry point."""
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        raise BadInput(
+            f"the entry point {entry.name!r} ({entry.value}) in the group remanence.parts cannot be loaded: {error}; "
+            "mend or uninstall the package that offers it"
+        ) from error
+    offered = [loaded] if isinstance(loaded, Part) else list(loaded) if isinstance(loaded, Iterable) else [None]
+    for part in offered:
+        if not isinstance(part, Part):
+            raise BadInput(f"the entry point {entry.name!r} ({entry.value}) must name a Part or a list of them, not {type(loaded).__name__}")
+    return offered
+
+
+def joined(found: Iterable[Part]) -> None:
+    """Check every line, and that no two take the same name.
+
+    Raises:
+        BadInput: says which line is wrong and what is expected.
+    """
+    slugs: dict[tuple[str, str], Part] = {}
+    names: dict[tuple[str, str], Part] = {}
+    for part in found:
+        check(part)
+        for taken, name, what in ((slugs, part.slug, "slug"), (names, part.name, "class name")):
+            other = taken.setdefault((part.verb, name), part)
+            if other is not part:
+                raise BadInput(f"two parts of {part.verb} have the {what} {name!r}: {other.target} and {part.target}")
+
+
+def check(part: Part) -> None:
+    """Refuse a malformed line.
+
+    Raises:
+        BadInput: says which field is wrong and what is expected.
+    """
+    if not _SLUG.fullmatch(part.slug):
+        raise BadInput(f"slug {part.slug!r}: lower-case words joined by single hyphens")
+    if part.verb not in VERBS:
+        raise BadInput(f"{part.slug}: verb {part.verb!r} is not one of {', '.join(VERBS)}{nearest(part.verb, VERBS)}")
+    if part.kind not in KINDS:
+        raise BadInput(f"{part.slug}: kind {part.kind!r} is not one of {', '.join(KINDS)}{nearest(part.kind, KINDS)}")
+    for field, words in (("family", (part.family,)), ("cards", part.cards), ("needs", part.needs)):
+        for word in words:
+            if not _SLUG.fullmatch(word):
+                raise BadInput(f"{part.slug}: {field} {word!r}: lower-case words joined by single hyphens")
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", part.target):
+        raise BadInput(f"{part.slug}: target {part.target!r} must be 'module:Class'")
+    if not part.paper.strip():
+        raise BadInput(f"{part.slug}: name the paper or say what is measured")
+
+
+def parts(
+    verb: str | None = None,
+    kind: str | None = None,
+    family: str | None = None,
+    without: str | Iterable[str] | None = None,
+) -> list[Part]:
+    """The parts that match, in the catalogue's order.
+
+    Args:
+        without: leave out the parts that need any of these (such as ``old-data``; a word, several with commas, or a list).
+
+    Raises:
+        UnknownName: a verb, kind, family or need that no part has.
+    """
+    words = without.split(",") if isinstance(without, str) else list(without or ())
+    barred = {word.strip() for word in words if word.strip()}
+    needs = sorted({need for part in every() for need in part.needs})
+    for what, given, known in (
+        ("verb", {verb} - {None}, VERBS),
+        ("kind", {kind} - {None}, KINDS),
+        ("family", {family} - {None}, sorted({part.family for part in every()})),
+        ("need", barred, needs),
+    ):
+        for word in sorted(map(str, given)):
+            if word not in known:
+                raise UnknownName(f"no part has the {what} {word!r}{nearest(word, known)} (there is {', '.join(known)})")
+    return [
+        part
+        for part in every()
+        if verb in (None, part.verb)
+        and kind in (None, part.kind)
+        and family in (None, part.family)
+        and not barred & set(part.needs)
+    ]
+
+
+def find(verb: str, slug: str) -> Part:
+    """The part `slug` of `verb`.
+
+    Raises:
+        UnknownName: there is none; names the nearest, and the verb that does have it.
+    """
+    mine = {part.slug: part for part in every() if part.verb == verb}
+    if slug in mine:
+        return mine[slug]
+    elsewhere = sorted({part.verb for part in every() if part.slug == slug})
+    hint = f"; {slug!r} is a part of {', '.join(elsewhere)}" if elsewhere else nearest(slug, mine)
+    raise UnknownName(f"{verb} has no part {slug!r}{hint}")
+
+
+def named(name: str) -> list[Part]:
+    """The parts called `name`: a slug, a class name, or ``verb/slug`` where a slug serves two verbs.
+
+    Raises:
+        UnknownName: there is none; names the nearest.
+    """
+    verb, _, slug = name.rpartition("/")
+    if verb:
+        return [find(verb, slug)]
+    found = [part for part in every() if name in (part.slug, part.name)]
+    if not found:
+        raise UnknownName(f"no part is called {name!r}{nearest(name, [part.slug for part in every()])}; `remanence methods` lists all")
+    return found
+
+
+@cache
+def slug_of(cls: type) -> str:
+    """The slug under which a class is listed; its name in lower case for one that is not (a user's own class in a script)."""
+    for part in every():
+        if part.name == cls.__name__ and part.module == cls.__module__:
+            return part.slug
+    return cls.__name__.lower()
+
+
+def classes(verb: str) -> dict[str, Part]:
+    """The parts of a verb by the name of their class."""
+    return {part.name: part for part in every() if part.verb == verb}
+
+
+def surface(verb: str, folders: Iterable[str] = ()) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a verb's package: its classes and `folders`, each imported when first asked for."""
+    package = f"remanence.{verb}"
+
+    def getattr_(name: str) -> Any:
+        if name in folders:
+            return importlib.import_module(f"{package}.{name}")
+        if name.startswith("_"):  # asked by tools that look around: never load the catalogue for them
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found = classes(verb)
+        if name in found:
+            return found[name].load()
+        raise AttributeError(f"{package} has no {name!r}{nearest(name, found)} (it has {', '.join(sorted(found))})")
+
+    def dir_() -> list[str]:
+        return sorted([*classes(verb), *folders])
+
+    return getattr_, dir_
+
+
+@cache
+def _fidelity() -> dict[str, str]:
+    path = Path(__file__).with_name("fidelity.json")
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {str(key): str(value) for key, value in found.items()}
+
+
+def fidelity(part: Part) -> str:
+    """What the part was checked against, in a few words; ``unverified`` where ``fidelity.json`` has no row ``verb/slug``."""
+    return _fidelity().get(f"{part.verb}/{part.slug}", "unverified")

@@ -1,0 +1,136 @@
+"""Real data that needs no network: scikit-learn's handwritten digits, and idx files."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remanence.core.errors import BadInput, Corrupt
+from remanence.core.rng import generator
+from remanence.data.examples import Examples
+from remanence.data.stream import Stream, Task, groups_of
+
+
+def digits() -> Examples:
+    """scikit-learn's 1,797 real handwritten digits: `x` (1797, 64) in [0, 1], `y` 0 to 9, ids 0 to 1796."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x = torch.from_numpy(bunch.data.astype(np.float32)) / 16
+    return Examples({"x": x, "y": torch.from_numpy(bunch.target.astype(np.int64))}, "digits")
+
+
+def split_digits(tasks: int = 5, test_share: float = 0.25, seed: int = 0) -> Stream:
+    """`digits` cut into `tasks` tasks of equally many classes, in the order of the digits."""
+    return split_classes(digits(), tasks=tasks, test_share=test_share, seed=seed, name="split-digits")
+
+
+def split_classes(
+    examples: Examples,
+    tasks: int | Sequence[Sequence[int]] = 5,
+    test: Examples | None = None,
+    test_share: float = 0.25,
+    seed: int = 0,
+    name: str = "split-classes",
+) -> Stream:
+    """A class-incremental stream.
+
+    Args:
+        examples: rows with a label column ``y``.
+        tasks: how many tasks of equally many classes, in the order of the labels; or the labels of each task.
+        test: held-out rows; None takes `test_share` of every class, drawn by `seed`.
+
+    Raises:
+        BadInput: classes that cannot be cut evenly, that repeat, or that have too few rows to be split.
+    """
+    labels = examples["y"]
+    if labels.is_floating_point() or labels.dim() != 1:
+        raise BadInput(f"split_classes needs integer labels y of shape (N,), not {labels.dtype} {tuple(labels.shape)}")
+    known = [int(label) for label in labels.unique()]
+    groups = groups_of(known, tasks) if isinstance(tasks, int) else [[int(c) for c in group] for group in tasks]
+    flat = [c for group in groups for c in group]
+    unknown = sorted(set(flat) - set(known))
+    if unknown or len(set(flat)) < len(flat) or not all(groups):
+        raise BadInput(f"tasks={groups}: every task needs classes, each class once, out of {known}" + (f"; unknown: {unknown}" if unknown else ""))
+    if test is None:
+        if not 0 < test_share < 1:
+            raise BadInput(f"test_share={test_share} must lie between 0 and 1")
+        held = _held_out(labels, test_share, seed)
+        examples, test = examples.select((~held).nonzero()[:, 0]), examples.select(held.nonzero()[:, 0])
+    made = []
+    for number, group in enumerate(groups):
+        chosen = torch.tensor(group)
+        parts = [part.select(torch.isin(part["y"], chosen).nonzero()[:, 0]) for part in (examples, test)]
+        made.append(Task(parts[0], parts[1], tuple(group), tuple(map(str, group)), number))
+    return Stream(tuple(made), "class", name=name)
+
+
+def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero()[:, 0]
+        count = round(share * len(rows))
+        if not 0 < count < len(rows):
+            raise BadInput(f"class {label} has {len(rows)} rows, too few to hold out a share of {share}")
+        held[rows[torch.randperm(len(rows), generator=generator(seed, "split", int(label)))[:count]]] = True
+    return held
+
+
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """An array from an idx file (the MNIST format), gzipped or not.
+
+    Raises:
+        Corrupt: not an idx file, or truncated.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist; give the path of an idx file") from None
+    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+        raise Corrupt(f"{path} cannot be read as an idx file ({error}); fetch it again") from None
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_TYPES:
+        raise Corrupt(f"{path} is not an idx file: its first bytes are {raw[:4].hex()}")
+    kind, rank = np.dtype(_IDX_TYPES[raw[2]]), raw[3]
+    if len(raw) < 4 + 4 * rank:
+        raise Corrupt(f"{path} ends inside its header; fetch it again")
+    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", rank, 4))
+    expected = 4 + 4 * rank + int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+    if len(raw) != expected:
+        raise Corrupt(f"{path} has {len(raw)} bytes where its header promises {expected}; fetch it again")
+    return np.frombuffer(raw, kind, offset=4 + 4 * rank).reshape(shape).astype(kind.newbyteorder("="))
+
+
+def idx(images: str | Path, labels: str | Path, source: str = "idx") -> Examples:
+    """Images (N, 1, H, W) in [0, 1] and labels (N,) from two idx files (MNIST, Fashion-MNIST and their like).
+
+    Raises:
+        Corrupt: a file is not idx or truncated.
+        BadInput: a missing file, or files of different length.
+    """
+    pixels, targets = read_idx(images), read_idx(labels)
+    if pixels.ndim < 2 or targets.ndim != 1 or len(pixels) != len(targets):
+        raise BadInput(f"images of shape {pixels.shape} and labels of shape {targets.shape} do not belong together")
+    x = torch.from_numpy(pixels.astype(np.float32)) / (255 if pixels.dtype == np.uint8 else 1)
+    x = x[:, None] if x.dim() == 3 else x
+    return Examples({"x": x, "y": torch.from_numpy(targets.astype(np.int64))}, source)
+
+
+def split_idx(
+    images: str, labels: str, tasks: int = 5, test_share: float = 0.25, seed: int = 0, flat: bool = False
+) -> Stream:
+    """`idx` files cut into tasks of equally many classes; `flat` turns images into rows."""
+    examples = idx(images, labels)
+    if flat:
+        examples = examples.replace(x=examples["x"].flatten(1))
+    return split_classes(examples, tasks=tasks, test_share=test_share, seed=seed, name="split-idx")
+

@@ -1,0 +1,5 @@
+"""Learners: how an event takes new data in. Each class is imported when it is first asked for."""
+
+from remanence.catalogue import surface
+
+__getattr__, __dir__ = surface("learn")

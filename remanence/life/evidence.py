@@ -1,0 +1,174 @@
+"""Evidence: what the life, the life with nothing done, and models retrained without the request say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from remanence.core.problem import Classification
+from remanence.core.rng import seed_of
+from remanence.data import Examples, cat
+from remanence.measure import attacks, divergence
+from remanence.measure.evidence import Cell, compare, compare_distances, earned_unlearned, leave_one_out
+from remanence.train.update import Context
+
+if TYPE_CHECKING:
+    from remanence.life.life import Life
+    from remanence.life.state import State
+
+#: A class whose column a reference does not have gets this log-odds below the largest: a probability of about 2e-9.
+ABSENT = 20.0
+#: Shares of the held-out data that may be used to choose a method (tune), to fit attacks (calibrate) and to report.
+SPLITS = {"tune": 0.2, "calibrate": 0.2, "report": 0.6}
+FORGOTTEN = ("forget accuracy", "membership AUC (loss)", "membership AUC (modified entropy)", "membership AUC (logistic)", "KL from references")
+RANGES = {"accuracy": "0 to 1", "AUC": "0 to 1, 0.5 is chance", "KL": "0 up, nats", "mse": "0 up", "TPR": "0 to 1"}
+
+
+def split(life: Life, part: str) -> list[Examples]:
+    """The `part` (tune, calibrate or report) of each learned task's held-out data: split once per life, by id."""
+    bounds = np.cumsum([0.0, *SPLITS.values()])
+    index = list(SPLITS).index(part)
+    salt = seed_of(life.seed, "held-out split")
+    found = []
+    for test in {learned.task.id: learned.task.test for learned in life._learned if learned.task is not None}.values():
+        mixed = (test.id.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(salt)
+        mixed ^= mixed >> np.uint64(31)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        share = (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53
+        chosen = (share >= bounds[index]) & (share < bounds[index + 1])
+        found.append(test.select(torch.from_numpy(np.flatnonzero(chosen))))
+    return found
+
+
+@dataclass
+class Assessment:
+    """Every figure about one request: the table, whether *unlearned* was earned, and what could not be covered."""
+
+    cells: list[dict[str, Any]]
+    earned: bool
+    reason: str
+    n: int
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+class Assessor:
+    """Measures any state of a life on one request."""
+
+    def __init__(self, life: Life, forget: Examples, retain: Examples) -> None:
+        self.life, self.forget, self.retain = life, forget, retain
+        held = [part for part in split(life, "report") if len(part)]
+        lost = set() if not isinstance(life.problem, Classification) else set(forget["y"].tolist()) - set(retain["y"].tolist())
+        self.test = _without_labels(held, lost)
+        self.strangers = self._strangers(held)
+        self.classifies = isinstance(life.problem, Classification)
+
+    def _strangers(self, held: Sequence[Examples]) -> Examples | None:
+        """Held-out examples that match the request's classes and tasks in proportion."""
+        if not held:
+            return None
+        pool = cat(list(held))
+        if not isinstance(self.life.problem, Classification):
+            return pool
+        rng = np.random.default_rng(seed_of(self.life.seed, "non-members"))
+        rows = attacks.match_nonmembers(self.forget["y"].numpy(), pool["y"].numpy(), rng)
+        return pool.select(torch.from_numpy(np.sort(rows))) if len(rows) else None
+
+    def answers(self, state: State) -> dict[str, Any]:
+        """Logits on the request and on its non-members, labels of the columns, and the plain figures."""
+        c = state.context(self.life.problem, device=self.life.device)
+        found: dict[str, Any] = {"labels": list(state.labels), "figures": {}}
+        name = "accuracy" if self.classifies else "mse"
+        for part, examples in (("forget", self.forget), ("retain", self.retain), ("test", self.test)):
+            if examples is not None and len(examples):
+                found["figures"][f"{part} {name}"] = c.evaluate(examples)[name]
+        found["forget"] = _outputs(c, self.forget)
+        if self.strangers is not None and len(self.strangers) > 1 and len(self.forget) > 1:
+            found["strangers"] = _outputs(c, self.strangers)
+            found["figures"].update(self._attacks(found) if self.classifies else {})
+        return found
+
+    def _attacks(self, found: dict[str, Any]) -> dict[str, float]:
+        assert self.strangers is not None
+        members, columns = _padded(found["forget"], found["labels"], self.forget["y"].tolist())
+        others, again = _padded(found["strangers"], found["labels"], self.strangers["y"].tolist(), columns)
+        y, z = _columns(self.forget, again), _columns(self.strangers, again)
+        members, _ = _padded(found["forget"], found["labels"], [], again)
+        scores = {
+            "loss": (attacks.loss(members, y), attacks.loss(others, z)),
+            "modified entropy": (attacks.modified_entropy(members, y), attacks.modified_entropy(others, z)),
+        }
+        figures = {}
+        for name, (inside, outside) in scores.items():
+            figures[f"membership AUC ({name})"] = attacks.auc(-inside, -outside)
+            rate = attacks.tpr_at_fpr(-inside, -outside, 0.01)
+            if rate is not None:
+                figures[f"membership TPR at 1 % FPR ({name})"] = rate
+        if min(len(members), len(others)) >= 20:
+            inside, outside = attacks.logistic(members, y, others, z, seed=seed_of(self.life.seed, "logistic attack") % 2**31)
+            figures["membership AUC (logistic)"] = attacks.auc(inside, outside)
+        return figures
+
+    def distance(self, reference: dict[str, Any], other: dict[str, Any]) -> float:
+        """Mean KL(reference || other) over the request, over the classes both know; Gaussian for regression."""
+        if not self.classifies:
+            return float(divergence.gaussian_kl(reference["forget"], other["forget"]).mean())
+        return float(divergence.kl(reference["forget"], other["forget"], reference["labels"], other["labels"]).mean())
+
+    def assess(self, before: dict[str, Any], after: dict[str, Any], references: Sequence[dict[str, Any]]) -> Assessment:
+        """The table: after, do nothing, and the references with their spread."""
+        cells: list[Cell] = []
+        if references:
+            for name, nothing in before["figures"].items():
+                if name in after["figures"] and all(name in r["figures"] for r in references):
+                    cells.append(compare(name, [r["figures"][name] for r in references], after["figures"][name], nothing))
+            between = None
+            if len(references) > 1:
+                between = leave_one_out([[self.distance(a, b) for b in references] for a in references])
+            to_after, to_before = ([self.distance(r, model) for r in references] for model in (after, before))
+            cells.append(compare_distances("KL from references", to_after, to_before, between))
+        judged = [cell for cell in cells if cell.metric in FORGOTTEN or cell.metric.startswith("forget ")]
+        earned, reason = earned_unlearned(judged) if references else (False, "not measured against retraining")
+        rows = [{**_plain(asdict(cell)), "range": next((r for k, r in RANGES.items() if k in cell.metric), "")} for cell in cells]
+        return Assessment(rows, earned, reason, len(references), _round(before["figures"]), _round(after["figures"]))
+
+
+def _without_labels(held: Sequence[Examples], lost: set[int]) -> Examples | None:
+    if not held:
+        return None
+    test = cat(list(held))
+    return test.select((~torch.isin(test["y"], torch.tensor(sorted(lost)))).nonzero()[:, 0]) if lost else test
+
+
+def _outputs(c: Context, examples: Examples) -> np.ndarray:
+    return c.outputs(c.mapped(examples)).double().cpu().numpy()
+
+
+def _padded(logits: np.ndarray, labels: list[int], wanted: list[int], columns: list[int] | None = None) -> tuple[np.ndarray, list[int]]:
+    """`logits` with a column, far below the others, for each label that the model has no column for."""
+    columns = list(dict.fromkeys([*(columns or labels), *wanted]))
+    found = np.repeat(logits.max(1, keepdims=True) - ABSENT, len(columns), axis=1)
+    for i, label in enumerate(columns):
+        if label in labels:
+            found[:, i] = np.maximum(logits[:, labels.index(label)], found[:, i] - ABSENT)
+    return found, columns
+
+
+def _columns(examples: Examples, columns: list[int]) -> np.ndarray:
+    place = {label: i for i, label in enumerate(columns)}
+    return np.array([place[label] for label in examples["y"].tolist()])
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: (None if isinstance(v, float) and not np.isfinite(v) else float(f"{v:.6g}") if isinstance(v, float) else v) for k, v in row.items()}
+
+
+def _round(figures: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+
+__all__ = ["SPLITS", "Assessment", "Assessor", "split"]

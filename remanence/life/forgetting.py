@@ -1,0 +1,606 @@
+"""The seven steps of a forget request: accept, work, stage, commit, erase, look again, receipt."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remanence.core.errors import BadInput, EventFailed, NotFinite, Refused
+from remanence.core.holder import STATES, Holder
+from remanence.core.ids import Ids
+from remanence.core.rng import seed_of
+from remanence.data import Examples, Request, cat
+from remanence.life import receipts
+from remanence.life.build import check_keepers, resolve, resolve_all
+from remanence.life.evidence import Assessment, Assessor
+from remanence.life.files import canonical, empty, write_atomic
+from remanence.life.ledger import Row, commit
+from remanence.life.snapshots import weights_sha256
+from remanence.life.state import State, state_bytes
+from remanence.train.loop import forget as forget_run
+from remanence.train.roles import Forgetter, Keeper, Outcome, Where
+from remanence.train.settings import Settings
+from remanence.train.update import Update
+
+if TYPE_CHECKING:
+    from remanence.life.life import Life
+
+NOT_COVERED = (
+    "your source files, exports and backups",
+    "what pretraining saw",
+    "duplicates under other ids",
+    "remnants on SSDs, in copy-on-write file systems, swap, and database archives or replicas",
+    "attacks that were not run",
+    "what someone learns by comparing the model before and after",
+)
+
+
+def reached(step: str) -> None:
+    """Called after each numbered step; a place for tests to pull the plug."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A signed account of what was done; `status` is ``done``, ``partial`` or ``nothing held``. `ids` is empty once redacted."""
+
+    number: int
+    status: str
+    ids: Ids
+    by: str
+    states: dict[str, str]
+    evidence: list[dict[str, Any]]
+    path: Path
+    content: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"receipt {self.number}: {self.status}; {self.content['n']} examples by {self.by}; " + ", ".join(
+            f"{holder} {state}" for holder, state in self.states.items()
+        )
+
+
+def receipt_from(life: Life, row: Row) -> Receipt:
+    """The receipt that a ledger row carries."""
+    content = row.body
+    number = int(content["id"])
+    states: dict[str, str] = {}
+    for entry in content["done"]:
+        known = states.get(entry["holder"])
+        states[entry["holder"]] = entry["state"] if known is None else min(known, entry["state"], key=STATES.index)
+    ids = life._ids(content["ids"]) if content["n"] else Ids()
+    return Receipt(number, content["status"], ids, content["by"], states, content["evidence"], receipt_path(life, number), content)
+
+
+def receipt_path(life: Life, number: int) -> Path:
+    return life.home / "receipts" / f"{number:04d}.json"
+
+
+@dataclass
+class _Asked:
+    """An accepted request, all that is needed to carry it out or to carry it out again."""
+
+    number: int
+    request: Request
+    ids: Ids
+    unseen: int
+    by: Forgetter
+    keep: list[Keeper]
+    where: list[Where]
+    settings: Settings
+    seeds: int
+    limit: float | None
+
+
+def forget(
+    life: Life, request: Request, *, by: Any, keep: Any, where: Any, verify: Any, retain: str, settings: Mapping[str, Any], limit: float | None
+) -> Receipt:
+    """See `Life.forget`."""
+    life._writable()
+    if not isinstance(request, Request):
+        raise BadInput(f"forget needs a Request, such as Request(classes=[3]), not {type(request).__name__}")
+    if retain != "lineage":
+        raise BadInput(f"retain={retain!r}: only 'lineage' is known, everything learned and not asked to be forgotten")
+    if limit is not None and not 0 <= limit <= 1:
+        raise BadInput(f"limit={limit} is a drop of accuracy between 0 and 1")
+    method = resolve("forget", by, Forgetter)
+    keepers, wheres = resolve_all("keep", keep, Keeper), resolve_all("where", where, Where)
+    check_keepers(keepers)
+    made = Settings(**{**method.defaults, **settings})
+    ids, unseen = _resolve(life, request)
+    asked = _Asked(0, request, ids, len(unseen), method, keepers, wheres, made, seeds_of(verify), limit)
+    repeated = _repeat(life, asked)
+    if repeated is not None:
+        return repeated
+    try:
+        _check(life, asked)
+    except Refused as error:
+        with life._ledger.begin() as tx:
+            tx.append("refused", {"by": method.slug}, {"reason": str(error), "at": time.time()})
+        raise
+    _ask(life, asked, request)
+    reached("accept")
+    return _carry_out(life, asked)
+
+
+def seeds_of(verify: Any) -> int:
+    """How many references `verify` asks for: None is 0, ``"retrain"`` is 3, ``{"retrain": {"seeds": n}}`` is n.
+
+    Raises:
+        BadInput: anything else.
+    """
+    if verify is None:
+        return 0
+    name, knobs = next(iter(verify.items())) if isinstance(verify, Mapping) and len(verify) == 1 else (verify, {})
+    seeds = (knobs or {}).get("seeds", 3) if isinstance(knobs or {}, Mapping) else None
+    if name != "retrain" or set(knobs or {}) - {"seeds"} or not isinstance(seeds, int) or isinstance(seeds, bool) or not 1 <= seeds <= 100:
+        raise BadInput(f"verify={verify!r}: give None, 'retrain' or {{'retrain': {{'seeds': 1 to 100}}}}")
+    return seeds
+
+
+# -- 1. accept --------------------------------------------------------------------------------------------------------
+
+
+def _resolve(life: Life, request: Request) -> tuple[Ids, Ids]:
+    """What the request covers: ids that the life has consumed; and the ids asked for that it never has."""
+    seen = [learned.task.train.only(learned.ids) for learned in life._learned if learned.task is not None]
+    if request.ids is not None and not any(getattr(request, name) is not None for name in ("classes", "documents", "spans", "entities", "concepts", "client")):
+        return request.ids & life._books.touched, request.ids - life._books.touched
+    if not seen:
+        if life._learned:
+            raise Refused("the request must be resolved against the data, which cannot be reached; resume with data=..., or ask by ids")
+        return Ids(), request.ids or Ids()
+    found, unseen = request.resolve(seen)
+    if request.ids is not None:
+        found = found | (request.ids & life._books.touched)
+        unseen = unseen - life._books.touched
+    return found, unseen
+
+
+def _repeat(life: Life, asked: _Asked) -> Receipt | None:
+    """The earlier receipt, if nothing of the request was consumed since and its result is at least as strong."""
+    if not asked.ids or not asked.ids <= life._books.tombstones:
+        return None
+    rows = [row for row in life._ledger.rows("forget") if row.body["n"] and asked.ids <= life._ids(row.body["ids"])]
+    if not rows:
+        return None
+    deleted = not (asked.ids & life._books.consumed) - life._books.states["deleted"]
+    same = rows[-1].body["method"] == asked.by.spec() and rows[-1].body["settings"] == _jsonable(asked.settings)
+    if not deleted and not same:
+        return None
+    number = rows[-1].body["number"]
+    return next((receipt for receipt in life.receipts if receipt.number == number), None)
+
+
+def _check(life: Life, asked: _Asked) -> None:
+    """Refuse what cannot be carried out, before anything moves."""
+    if not asked.ids:
+        return
+    reachable = all(learned.task is not None for learned in life._learned)
+    if not reachable and (asked.by.slug == "retrain" or asked.seeds):
+        raise Refused("retraining needs the data of every event; give it: Life.resume(home, model, data=...)")
+    if reachable and not life._history(life._books.tombstones | asked.ids):
+        raise Refused("the request would remove everything this life learned; delete the life instead (remanence delete HOME)")
+    if not any(learned.task is not None and learned.task.train.ids & asked.ids for learned in life._learned):
+        raise Refused("the examples to forget cannot be reached, and every method needs them; resume with data=...")
+    need = 2 * max([life._snapshots.bytes(entry["manifest"]) for entry in life._ledger.get_current("snapshots")], default=0) + 2**20
+    free = shutil.disk_usage(life.home).free
+    if free < need:
+        raise Refused(f"the disk has {free} bytes free where this request may need {need}; free some space and ask again")
+
+
+def _ask(life: Life, asked: _Asked, request: Request) -> None:
+    """The row `asked`; a request whose row is already open goes on under its number."""
+    pending = open_request(life)
+    settings = _jsonable(asked.settings)
+    body = {
+        "by": asked.by.spec(),
+        "keep": [keeper.spec() for keeper in asked.keep],
+        "where": [where.spec() for where in asked.where],
+        "settings": settings,
+        "seeds": asked.seeds,
+        "limit": asked.limit,
+        "n": len(asked.ids),
+        "unseen": asked.unseen,
+    }
+    with life._ledger.begin() as tx:
+        body["ids"] = life._ledger.lineage.put(asked.ids)
+        if pending is not None and {k: v for k, v in pending.body.items() if k != "number"} == body:
+            asked.number = pending.body["number"]
+            return
+        asked.number = len(life._ledger.rows("asked")) + 1
+        salt = secrets.token_bytes(16)
+        tx.put_private(f"request/{asked.number}", {"asked": request.asked(), "plain": request.plain(), "salt": salt.hex()})
+        tx.append("asked", {"number": asked.number, **body}, {"commitment": commit(asked.ids, salt), "at": time.time()})
+
+
+def open_request(life: Life) -> Row | None:
+    """The accepted request that was neither committed nor failed, if there is one."""
+    asked = life._ledger.last("asked")
+    if asked is None:
+        return None
+    later = [row for row in life._ledger.rows(("forget", "failed", "learn")) if row.seq > asked.seq]
+    return None if later else asked
+
+
+def continue_request(life: Life) -> None:
+    """After a crash: carry out the request that was accepted but not committed, from its row and with the same seed."""
+    row = open_request(life)
+    if row is None or any(learned.task is None for learned in life._learned):
+        return
+    private = life._ledger.get_private(f"request/{row.body['number']}")
+    body = row.body
+    asked = _Asked(
+        body["number"],
+        Request(**private["asked"]),
+        life._ids(body["ids"]),
+        body["unseen"],
+        resolve("forget", body["by"], Forgetter),
+        resolve_all("keep", body["keep"], Keeper),
+        resolve_all("where", body["where"], Where),
+        Settings(**body["settings"]),
+        body["seeds"],
+        body["limit"],
+    )
+    _carry_out(life, asked)
+
+
+# -- 2. work, 3. stage, 4. commit -------------------------------------------------------------------------------------
+
+
+def _carry_out(life: Life, asked: _Asked) -> Receipt:
+    start = time.perf_counter()
+    books = life._books
+    label = f"forget request {asked.number}"
+    try:
+        work = _work(life, asked) if asked.ids else None
+        reached("work")
+        manifest = life._snapshots.save(life._state.pack())
+        reached("stage")
+        row = _commit(life, asked, work, manifest, time.perf_counter() - start)
+    except BaseException as error:
+        life._books = books
+        life._roll_back(error, label)
+        if isinstance(error, NotFinite | EventFailed):
+            raise EventFailed(f"{label} failed and the life is as it was before: {error}") from error
+        raise
+    life._enter(row)
+    life._settle_inputs()
+    life._references.clear()
+    reached("commit")
+    finish(life)
+    return next(receipt for receipt in life.receipts if receipt.number == asked.number)
+
+
+@dataclass
+class _Work:
+    """What the work came to."""
+
+    outcome: Outcome
+    assessment: Assessment
+    held: dict[str, int]
+    state: str
+    why: str
+    seconds: dict[str, float]
+    steps: int
+
+
+def _work(life: Life, asked: _Asked) -> _Work:
+    """Run the method on the life's state (whose committed copy is on disk), purge the holders, measure."""
+    gone = life._books.tombstones | asked.ids
+    parts = [learned.task.train.only(asked.ids & learned.ids) for learned in life._learned if learned.task is not None]
+    forget_set = cat([part for part in parts if len(part)])
+    retained = life._history(gone)
+    retain_set = cat(retained) if retained else forget_set.select(forget_set.id[:0])
+    assessor = Assessor(life, forget_set, retain_set)
+    before = assessor.answers(life._state)
+    held = _held(life, asked.ids)
+    clock = time.perf_counter()
+    for method in life._state.holders().values():
+        method.purge(asked.ids)
+    outcome, steps = _run(life, asked, forget_set, retain_set, retained, gone)
+    seconds = {"method": time.perf_counter() - clock}
+    life._finite()
+    after = assessor.answers(life._state)
+    _limit(asked, before["figures"], after["figures"])
+    answers, clock = [], time.perf_counter()
+    for k in range(asked.seeds):
+        answers.append(assessor.answers(life._live_again(gone, reference_seed(life.seed, k))))
+    seconds["references"] = time.perf_counter() - clock
+    assessment = assessor.assess(before, after, answers)
+    slug = asked.by.slug
+    if outcome.exact:
+        state, why = "deleted", "retrained: equal in bits to a life without them"
+    elif outcome.guards:
+        state, why = "suppressed", f"hidden by a guard of {slug}"
+    elif assessment.earned:
+        state, why = "unlearned", f"{slug}: {assessment.reason}"
+    else:
+        state, why = "holds", f"attempted: {slug}; {assessment.reason}"
+    return _Work(outcome, assessment, held, state, why, seconds, steps)
+
+
+def reference_seed(seed: int, k: int) -> int:
+    """The seed of the k-th reference of a life: never the life's own."""
+    return seed_of(seed, "reference", k) % 2**31 + 1
+
+
+def _run(
+    life: Life, asked: _Asked, forget_set: Examples, retain_set: Examples, retained: Sequence[Examples], gone: Ids
+) -> tuple[Outcome, int]:
+    state = life._state
+    sources = {
+        "forget": lambda: forget_set,
+        "retain": lambda: retain_set,
+        "seen": lambda: cat([part for part in (retain_set, forget_set) if len(part)]),
+        "task": lambda: retain_set,
+    }
+
+    def update(owner: Any, kind: str, parts: Sequence[Any]) -> Update:
+        return Update(
+            model=state.model,
+            problem=life.problem,
+            owner=owner,
+            settings=asked.settings,
+            data=lambda name: _source(sources, name),
+            parts=parts,
+            labels=state.labels,
+            tasks=life._tasks(),
+            device=life.device,
+            seed=life.seed,
+            event=f"forget/{asked.number}",
+            kind=kind,
+            progress=life._progress,
+            life_step=state.steps,
+            retrain=lambda ids, seed: life._live_again(gone | ids, seed).model,
+            history=lambda: list(retained),
+        )
+
+    u = update(asked.by, "forget", [*asked.keep, *asked.where])
+    outcome = forget_run(u, asked.request)
+    if outcome.exact:
+        made = next((s for s in life._references.values() if s.model is outcome.model), None)
+        if made is None:
+            raise EventFailed(f"{asked.by.slug} says its result is exact but did not retrain through the life")
+        life._state = copy.deepcopy(made)
+    else:
+        state.steps += u.steps_done
+        state.optimizer = {}
+        for method in state.holders().values():
+            if hasattr(type(method), "forgot"):
+                again = update(state.learner, "forgot", [state.learner, *state.keepers])
+                with again._exit:
+                    method.forgot(again, asked.ids)
+    return outcome, u.steps_done
+
+
+def _source(sources: Mapping[str, Any], name: str) -> Examples:
+    if name not in sources:
+        raise BadInput(f"a forget run has no data called {name!r}; there is {', '.join(sources)}")
+    found = sources[name]()
+    assert isinstance(found, Examples)
+    return found
+
+
+def _held(life: Life, ids: Ids) -> dict[str, int]:
+    """How many of `ids` each holder held before."""
+    held = {"weights": len(ids & life._books.holding())}
+    held.update({name: len(method.holds(ids)) for name, method in life._state.holders().items()})
+    for entry in life._ledger.get_current("snapshots"):
+        if entry["event"]:
+            held[f"snapshots/{entry['event']}"] = len(ids & consumed_by(life, entry["event"]))
+    return {name: n for name, n in held.items() if n}
+
+
+def consumed_by(life: Life, event: int) -> Ids:
+    """Ids consumed by the learn events up to event number `event`."""
+    found = Ids()
+    for item in life._events:
+        row = item["row"]
+        if row.kind == "learn" and row.body["event"] <= event:
+            found = found | life._ids(row.body["new"]) | life._ids(row.body["replayed"])
+    return found
+
+
+def _limit(asked: _Asked, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    drop = before.get("test accuracy", 0.0) - after.get("test accuracy", 0.0)
+    if asked.limit is not None and drop > asked.limit:
+        raise EventFailed(f"held-out accuracy fell by {drop:.3f}, more than the limit {asked.limit}; try a gentler setting of {asked.by.slug}")
+
+
+def _commit(life: Life, asked: _Asked, work: _Work | None, manifest: dict[str, Any], seconds: float) -> Row:
+    entries = life._ledger.get_current("snapshots")
+    life._books = copy.deepcopy(life._books)
+    if work is not None:
+        life._books.forgotten(asked.ids, work.state, work.why, work.outcome.exact)
+    kept = [entry for entry in entries if not entry["event"] or not asked.ids & consumed_by(life, entry["event"])]
+    body: dict[str, Any] = {
+        "event": len(life._events) + 1,
+        "label": f"forget request {asked.number}",
+        "number": asked.number,
+        "n": len(asked.ids),
+        "unseen": asked.unseen,
+        "by": asked.by.slug,
+        "method": asked.by.spec(),
+        "settings": _jsonable(asked.settings),
+        "keep": [keeper.slug for keeper in asked.keep],
+        "where": [where.slug for where in asked.where],
+        "seeds": asked.seeds,
+        "status": "done" if work is not None else "nothing held",
+        "weights_state": work.state if work is not None else "deleted",
+        "why": work.why if work is not None else "never consumed",
+        "exact": work is not None and work.outcome.exact,
+        "held": work.held if work is not None else {},
+        "notes": work.outcome.notes if work is not None else [],
+        "evidence": work.assessment.cells if work is not None else [],
+        "before": work.assessment.before if work is not None else {},
+        "after": work.assessment.after if work is not None else {},
+        "earned": work.assessment.reason if work is not None else "",
+        "steps": work.steps if work is not None else 0,
+        "labels": list(life._state.labels),
+        "holders": state_bytes(life._state),
+        "weights_sha256": weights_sha256(life.model.state_dict()),
+        **life._measured(life._learned, life.metrics),
+    }
+    with life._ledger.begin() as tx:
+        body["ids"] = life._ledger.lineage.put(asked.ids)
+        entry = {"seq": len(life._ledger), "event": body["event"], "manifest": manifest}
+        now = [*kept, entry] if work is not None else entries
+        erase = life._snapshots.sweep([e["manifest"] for e in now], dry=True)
+        row = tx.append("forget", body, {"seconds": seconds, "parts": work.seconds if work is not None else {}, "at": time.time()})
+        tx.set_current("snapshots", now)
+        tx.set_current("checkpoint", None)
+        tx.set_current("owed", {"number": asked.number, "erase": erase})
+    return row
+
+
+# -- 5. erase, 6. look again, 7. receipt ------------------------------------------------------------------------------
+
+
+def finish(life: Life) -> None:
+    """Whatever is owed after a commit: erasing, looking again, the receipt. Every step may be repeated."""
+    owed = life._ledger.get_current("owed")
+    if owed:
+        row = next(r for r in life._ledger.rows("forget") if r.body["number"] == owed["number"])
+        _erase(life)
+        reached("erase")
+        remaining = _look_again(life, row)
+        reached("look again")
+        _receipt(life, row, owed["erase"], remaining)
+        reached("receipt")
+    for receipt in life._ledger.rows("receipt"):
+        path = receipt_path(life, int(receipt.body["id"]))
+        if not path.exists():
+            text = canonical(receipts.receipt_of(receipt)) + "\n"
+            write_atomic(path, text.encode(), work=life.home / "work")
+    reached("file")
+
+
+def _erase(life: Life) -> None:
+    life._sweep()
+    empty(life.home / "work")
+    life._ledger.scrub()
+
+
+def _look_again(life: Life, row: Row) -> list[dict[str, Any]]:
+    """Reload what is on disk and ask every holder and the folder itself: what still holds the ids, each with its reason."""
+    ids = life._ids(row.body["ids"])
+    entry = life._ledger.get_current("snapshots")[-1]
+    state = life._fresh_state(life.model)
+    if ids:
+        state.load(life._snapshots.load(entry["manifest"]), copy.deepcopy(life._blank))
+    found = []
+    for name, method in state.holders().items():
+        records = records_held(method, ids)
+        if records:
+            found.append({"holder": name, "n": len(records), "why": "records are still stored"})
+    stray = life._snapshots.sweep([e["manifest"] for e in life._ledger.get_current("snapshots")], dry=True)
+    if stray:
+        found.append({"holder": "snapshots", "n": len(stray), "why": "files could not be erased; tried again at every open"})
+    return found
+
+
+def records_held(method: Any, ids: Ids) -> Ids:
+    """Ids whose records (not values computed by weights) are in the method's memory."""
+    found = Ids()
+    for value in method.remembered().values():
+        if isinstance(value, Holder) and not getattr(value, "derived", False):
+            found = found | value.holds(ids)
+    return found
+
+
+def _receipt(life: Life, row: Row, erased: list[str], remaining: list[dict[str, Any]]) -> None:
+    """Built from ledger rows only, signed, appended to the chain; the file is a copy."""
+    body = row.body
+    if any(int(r.body["id"]) == body["number"] for r in life._ledger.rows("receipt")):
+        with life._ledger.begin() as tx:
+            tx.set_current("owed", None)
+        return
+    from remanence.life.tracing import trace
+
+    ids = life._ids(body["ids"])
+    done = []
+    for t in trace(life, ids, erasing=False) if ids else []:
+        done.append({"holder": t.holder, "n": len(t.ids), "state": t.state, "action": t.reason})
+    open_holders = [entry for entry in done if entry["state"] == "holds"] + remaining
+    status = "nothing held" if not ids else "partial" if open_holders else "done"
+    asked = next(r for r in life._ledger.rows("asked") if r.body["number"] == body["number"])
+    entry = life._ledger.get_current("snapshots")[-1]
+    content = {
+        "id": str(body["number"]),
+        "status": status,
+        "n": body["n"],
+        "unseen": body["unseen"],
+        "ids": body["ids"],
+        "by": body["by"],
+        "method": body["method"],
+        "references": body["seeds"],
+        "held": [{"holder": name, "n": n} for name, n in body["held"].items()],
+        "done": done,
+        "remaining": remaining,
+        "evidence": body["evidence"],
+        "before": body["before"],
+        "after": body["after"],
+        "earned": body["earned"],
+        "notes": body["notes"],
+        "weights_sha256": body["weights_sha256"],
+        "not_covered": list(NOT_COVERED),
+        "files": receipts.describe(life.home, [life.home / name for name in life._snapshots.files(entry["manifest"])]),
+        "erased": erased,
+    }
+    parts = row.extra["parts"]
+    notes = {
+        "commitment": asked.extra["commitment"],
+        "at": time.time(),
+        "cost": {
+            "seconds": parts.get("method"),
+            "reference_seconds": parts["references"] / body["seeds"] if body["seeds"] and parts else None,
+        },
+    }
+    with life._ledger.begin() as tx:
+        receipts.seal(tx, content, notes)
+        tx.set_current("owed", None)
+
+
+# -- afterwards -------------------------------------------------------------------------------------------------------
+
+
+def redact(life: Life) -> list[str]:
+    """See `Life.redact`."""
+    from remanence.life.tracing import trace
+
+    life._writable()
+    said, gone = [], Ids()
+    rows = life._ledger.rows("receipt")
+    for row in rows:
+        number, ids = int(row.body["id"]), life._ids(row.body["ids"]) if row.body["n"] else Ids()
+        if life._ledger.get_private(f"request/{number}") is None:
+            continue
+        holding = sorted({t.holder for t in trace(life, ids) if t.state != "deleted"}) if ids else []
+        if holding:
+            said.append(f"request {number} stays: {', '.join(holding)} not deleted")
+            continue
+        with life._ledger.begin() as tx:
+            tx.delete_private(f"request/{number}")
+            tx.append("redacted", {"number": number}, {"at": time.time()})
+        gone = gone | ids
+        said.append(f"request {number} redacted")
+    if gone:
+        life._ledger.lineage.redact(gone)
+        if life._plan is not None:
+            life._plan = "# removed: the plan named ids that were redacted\n"
+            life._write("plan.yaml", life._plan.encode())
+        life._replay_rows([item.task for item in life._learned if item.task is not None])
+    life._ledger.scrub()
+    return said
+
+
+def _jsonable(settings: Settings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+__all__ = ["NOT_COVERED", "Receipt", "continue_request", "finish", "forget", "receipt_from", "redact"]

@@ -1,0 +1,39 @@
+"""A home as a folder: deleting it whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from remanence.core.errors import BadInput
+from remanence.life.files import plain_errors
+from remanence.life.lock import Lock
+
+
+def delete(home: str | Path) -> list[str]:
+    """Delete a life with everything it remembers; returns what was in it.
+
+    Raises:
+        BadInput: the folder is no life's home.
+        Locked: a process is writing to it.
+    """
+    root = Path(home).resolve()
+    if not (root / "ledger.db").is_file():
+        raise BadInput(f"{root} is no life's home (no ledger.db); nothing was deleted")
+    lock = Lock(root)
+    try:
+        names = sorted(path.name for path in root.iterdir() if path.name != "lock")
+        with plain_errors(root):
+            for name in names:
+                path = root / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+    finally:
+        lock.release()
+    with plain_errors(root):
+        (root / "lock").unlink(missing_ok=True)
+        if not any(root.iterdir()):
+            root.rmdir()
+    return names

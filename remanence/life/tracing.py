@@ -1,0 +1,72 @@
+"""Where an example lives: every holder, what became of the ids there, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from remanence.core.holder import STATES
+from remanence.core.ids import Ids
+from remanence.life.books import Books
+from remanence.life.forgetting import consumed_by, records_held
+
+if TYPE_CHECKING:
+    from remanence.life.life import Life, Trace
+
+
+def trace(life: Life, ids: Ids, erasing: bool | None = None) -> list[Trace]:
+    """See `Life.trace`. `erasing`: whether an erasure is owed, in which case nothing counts as gone yet; None: ask the ledger."""
+    from remanence.life.life import Trace
+
+    owed = life._ledger.get_current("owed") if erasing is None else erasing
+    rows: list[Trace] = []
+    for found, state, why in life._books.weights(ids):
+        rows.append(Trace("weights", found, state, (), why))
+    for name, method in life._state.holders().items():
+        records = records_held(method, ids)
+        if records:
+            rows.append(Trace(name, records, "holds", (), "a copy, or a sum that counts them, is stored"))
+        derived = (ids - records) & method.inputs if method.derived() else Ids()
+        for found, state, why in life._books.weights(derived):
+            rows.append(Trace(name, found, state, ("weights",), f"computed by the weights ({why})"))
+        purged = _once_held(life, name, ids) - records - derived
+        if purged:
+            rows.append(Trace(name, purged, "deleted", (), "purged on request; no copy is left"))
+    rows += _snapshots(life, ids)
+    if owed:
+        rows = [Trace(t.holder, t.ids, "holds", t.inputs, f"erasing: {t.reason}") for t in rows]
+    return sorted(rows, key=lambda t: STATES.index(t.state))
+
+
+def _once_held(life: Life, holder: str, ids: Ids) -> Ids:
+    """Those of `ids` that a forget found in `holder`."""
+    found = Ids()
+    for item in life._events:
+        row = item["row"]
+        if row.kind == "forget" and holder in row.body["held"]:
+            found = found | (ids & life._ids(row.body["ids"]))
+    return found
+
+
+def _snapshots(life: Life, ids: Ids) -> list[Trace]:
+    """Saved states still on disk, each with what the weights held when it was made."""
+    from remanence.life.life import Trace, apply_row
+
+    rows: list[Trace] = []
+    entries = life._ledger.get_current("snapshots", [])
+    for entry in entries:
+        if not entry["event"]:
+            continue
+        books = Books()
+        for item in life._events:
+            if item["row"].body["event"] <= entry["event"]:
+                apply_row(books, item["row"], life._ids)
+        for found, state, why in books.weights(ids):
+            rows.append(Trace(f"snapshots/{entry['event']}", found, state, ("weights",), f"saved after event {entry['event']}: {why}"))
+    alive = {f"snapshots/{entry['event']}" for entry in entries}
+    for item in life._events:
+        if item["row"].kind == "forget":
+            mine = ids & life._ids(item["row"].body["ids"]) if item["row"].body["n"] else Ids()
+            for holder in item["row"].body["held"]:
+                if mine and holder.startswith("snapshots/") and holder not in alive:
+                    rows.append(Trace(holder, mine & consumed_by(life, int(holder.split("/")[1])), "deleted", (), "the file was erased"))
+    return [row for row in rows if row.ids]

@@ -1,0 +1,99 @@
+"""Where things are in any model: its head, its weighted modules, its parameters by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from remanence.core.errors import BadInput, UnknownName, nearest
+
+HEAD_NAMES = ("head", "fc", "classifier", "lm_head")
+
+
+def head_name(model: nn.Module) -> str:
+    """The dotted name of the output layer: an attribute called head, fc, classifier or lm_head, else the last linear layer.
+
+    Raises:
+        BadInput: the model has no linear layer at all.
+    """
+    for name in HEAD_NAMES:
+        if isinstance(getattr(model, name, None), nn.Module):
+            found = getattr(model, name)
+            inner = [path for path, module in found.named_modules() if isinstance(module, nn.Linear)]
+            return name if isinstance(found, nn.Linear) or not inner else f"{name}.{inner[-1]}"
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise BadInput(f"{type(model).__name__} has no linear layer to be its head; give it a `head` attribute")
+    return linear[-1]
+
+
+def head(model: nn.Module) -> nn.Module:
+    """The output layer."""
+    return model.get_submodule(head_name(model))
+
+
+def features(model: nn.Module, x: Tensor) -> Tensor:
+    """The head's input for `x` (B, ...), flattened to (B, D)."""
+    taken: list[Tensor] = []
+    hook = head(model).register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    try:
+        model(x)
+    finally:
+        hook.remove()
+    return taken[-1].flatten(1)
+
+
+def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that own parameters themselves, by dotted name, in order of definition."""
+    return {name: module for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None}
+
+
+def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Normalisation layers with parameters or running statistics, by dotted name."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` at the dotted `name`; returns the model, or `new` where the name is empty.
+
+    Raises:
+        UnknownName: the model has no such module.
+    """
+    if not name:
+        return new
+    names = dict(model.named_modules())
+    if name not in names:
+        raise UnknownName(f"the model has no module {name!r}{nearest(name, names)}")
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
+    return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The whole model in eval mode and without gradients; every module's own flag is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def tensor_bytes(tensors: Iterator[Tensor] | list[Tensor]) -> int:
+    """Bytes of all tensors, shared storage counted once."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        sizes[tensor.data_ptr() or id(tensor)] = max(sizes.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+    return sum(sizes.values())
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return tensor_bytes([*module.parameters(), *module.buffers()])

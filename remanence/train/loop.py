@@ -1,0 +1,282 @@
+"""The one loop. Every event of every life goes through it, nested phases too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remanence.core.errors import BadInput
+from remanence.core.problem import Batch
+from remanence.core.rng import generator, seed_of
+from remanence.data import Examples, Request
+from remanence.nn.masks import Restore
+from remanence.train.roles import Forgetter, Learner, Outcome
+from remanence.train.update import Consumed, Update, _cuda, hooks
+
+_CHUNK = 16  # batches gathered at a time; each batch is then a slice
+
+
+def learn(u: Update) -> Consumed:
+    """One learn event: every part's `begin`, the learner, every part's `end`."""
+    assert isinstance(u.owner, Learner)
+    with u._exit:
+        for begin in hooks([u.owner, *u.parts], "begin"):
+            begin(u)
+        u.owner.learn(u)
+        _end(u)
+    return u.consumed.settle()
+
+
+def forget(u: Update, request: Request) -> Outcome:
+    """One forget run: every part's `begin`, the forgetter, every part's `end`."""
+    assert isinstance(u.owner, Forgetter)
+    with u._exit:
+        for begin in hooks([u.owner, *u.parts], "begin"):
+            begin(u)
+        outcome = u.owner.forget(u, request)
+        _end(u)
+    u.consumed.settle()
+    return outcome
+
+
+def _end(u: Update) -> None:
+    u.epoch = -1
+    for end in hooks([u.owner, *u.parts], "end"):
+        end(u)
+    for part in [u.owner, *u.parts]:
+        for name in [name for name in vars(part) if name.startswith("_")]:
+            delattr(part, name)
+
+
+def loop(
+    u: Update, drive: str | None, data: Examples | None, trainable: set[str] | None, mask: Mapping[str, Tensor] | None, replay: bool
+) -> None:
+    """Epochs, batches and steps of one phase, in the order that `docs/add-a-method.md` tells."""
+    parts = [u.owner, *u.parts]
+    do = SimpleNamespace(**{name: hooks(parts, name) for name in ("order", "prepare", "loss", "gradient", "project", "after")})
+    flags = [(p, p.requires_grad) for p in u.model.parameters()]
+    modes = [(m, m.training) for m in u.model.modules()]
+    try:
+        with torch.random.fork_rng(devices=_cuda(u.device)):
+            u.model.train()
+            _limit(u, trainable, mask)
+            u.prepare_optimizers()
+            source = _Source(u, drive, data, replay)
+            u.total = source.steps() * u.settings.epochs
+            start = u.resume_at
+            if start is not None:
+                u.resume_at = None
+                _restore(u, start)
+            for u.epoch in range(start["epoch"] if start else 0, u.settings.epochs):
+                if not start:
+                    torch.manual_seed(seed_of(u.seed, u.event, u.phase, "forward", u.epoch))
+                index = torch.tensor(start["index"]) if start else source.index(do.order)
+                skip = start["batches"] if start else 0
+                start = None
+                for count, batch in enumerate(source.batches(index, skip), skip + 1):
+                    size = len(batch["id"]) if batch else 0
+                    for prepare in do.prepare if batch else ():
+                        batch = prepare(u, batch)
+                    if batch and len(batch["id"]) != size:
+                        u.consumed.rows(batch)
+                    u.batch = batch
+                    for step in u.owner.steps(u, batch):
+                        if u.backward(step, do.loss):
+                            for gradient in do.gradient:
+                                gradient(u)
+                            u.advance(step, do.project)
+                    for after in do.after:
+                        after(u, batch)
+                    u._outs.clear()
+                    for metric in u.metrics:
+                        if u.step % metric.every == 0:
+                            metric.value(u)
+                    u.watch()
+                    if u.checkpoint is not None:
+                        u.checkpoint(u, source, index, count)
+            u.watch(last=True)
+            u.keep_carried()
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
+        for optimizer in u.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+
+def _limit(u: Update, trainable: set[str] | None, mask: Mapping[str, Tensor] | None) -> None:
+    """Take out of the optimizer what may not move, and remember the entries to put back."""
+    params = dict(u.model.named_parameters())
+    masks = dict(mask or {})
+    for names in hooks(u.parts, "trainable"):
+        chosen = set(names(u))
+        trainable = chosen if trainable is None else trainable & chosen
+    for entries in hooks(u.parts, "mask"):
+        for name, m in entries(u).items():
+            masks[name] = masks[name] & m if name in masks else m
+    if trainable is not None:
+        unknown = trainable - set(params)
+        if unknown:
+            raise BadInput(f"trainable names parameters that the model lacks: {sorted(unknown)[:3]}")
+        for name, p in params.items():
+            p.requires_grad_(p.requires_grad and name in trainable)
+    u._restore = Restore(params, masks) if masks else None
+
+
+class _Source:
+    """Where the batches of a phase come from."""
+
+    def __init__(self, u: Update, drive: str | None, data: Examples | None, replay: bool) -> None:
+        self.u, self.drive, self.replay = u, drive, replay
+        self.size = u.settings.batch_size
+        if drive is None:
+            self.data = data if data is not None else u.data("task")
+        else:
+            self.data, self.other = u.data("retain"), u.data("forget")
+            if drive in ("retain", "mixed", "sequence") and not len(self.data):
+                raise BadInput("no retained data can be reached, but this method needs it; learn some, or pick one that does not")
+        self.columns = {name: c for name, c in self.data.columns.items() if isinstance(c, Tensor)} | {"id": self.data.id}
+
+    def steps(self) -> int:
+        """Optimizer steps of an epoch, as far as they can be known."""
+        counts = {None: len(self.data), "retain": len(self.data)}
+        if self.drive in counts:
+            batches = -(-counts[self.drive] // self.size)
+        elif self.drive == "forget":
+            batches = -(-len(self.other) // self.size)
+        elif self.drive == "mixed":
+            batches = -(-(len(self.other) + len(self.data)) // self.size)
+        else:
+            batches = -(-len(self.other) // self.size) + -(-len(self.data) // self.size)
+        return max(1, batches // self.u.settings.accumulate)
+
+    def index(self, orders: list[Any]) -> Any:
+        """This epoch's example numbers: a permutation addressed by event and epoch, as the order hooks leave it."""
+        u = self.u
+        index: Any = torch.randperm(len(self.data), generator=u.rng("order"))
+        if self.drive is None:
+            for order in orders:
+                index = order(u, index)
+        flat = torch.cat(list(index)) if isinstance(index, list) else index
+        if self.drive != "forget" and len(flat):
+            u.consumed.epoch(self.data.id[flat], self.replay or u.kind == "forget")
+        return index
+
+    def batches(self, index: Any, skip: int = 0) -> Iterator[Batch]:
+        if self.drive is None:
+            yield from self._plain(self.columns, index, skip)
+        else:
+            yield from self._driven(index)
+
+    def _plain(self, columns: dict[str, Tensor], index: Any, skip: int = 0) -> Iterator[Batch]:
+        u, device = self.u, self.u.device
+        groups = list(index) if isinstance(index, list) else None
+        zeros = torch.zeros(self.size, dtype=torch.int64, device=device)
+        if groups is not None:
+            for rows in groups[skip:]:
+                yield {name: c[rows].to(device) for name, c in columns.items()} | {"origin": torch.zeros_like(rows).to(device)}
+            return
+        assert u.settings.batch_size == self.size
+        for rows in index[skip * self.size :].split(self.size * _CHUNK):
+            gathered = {name: c[rows].to(device) for name, c in columns.items()}
+            for at in range(0, len(rows), self.size):
+                batch = {name: c[at : at + self.size] for name, c in gathered.items()}
+                batch["origin"] = zeros[: len(batch["id"])]
+                yield batch
+
+    def _cycle(self, data: Examples, name: str) -> Iterator[Batch]:
+        """Endless batches of `data`, a new permutation for every pass."""
+        columns = {n: c for n, c in data.columns.items() if isinstance(c, Tensor)} | {"id": data.id}
+        rng = generator(self.u.seed, self.u.event, self.u.phase, name, self.u.epoch)
+        while len(data):
+            yield from self._plain(columns, torch.randperm(len(data), generator=rng))
+        while True:
+            yield {}
+
+    def _driven(self, index: Tensor) -> Iterator[Batch]:
+        """Yields the retain batch and sets ``u.forget``; either may be empty."""
+        u = self.u
+        others = {n: c for n, c in self.other.columns.items() if isinstance(c, Tensor)} | {"id": self.other.id}
+        forget = torch.randperm(len(self.other), generator=u.rng("forget-order"))
+        if self.drive == "retain":
+            pairs = self._cycle(self.other, "paired")
+            for batch in self._plain(self.columns, index):
+                u.forget = next(pairs) or None
+                yield batch
+        elif self.drive == "forget":
+            pairs = self._cycle(self.data, "paired")
+            for rows in self._plain(others, forget):
+                u.forget = rows
+                batch = next(pairs)
+                if batch:
+                    u.consumed.epoch(batch["id"], True)
+                yield batch
+        elif self.drive == "sequence":
+            for rows in self._plain(others, forget):
+                u.forget = rows
+                yield {}
+            u.forget = None
+            yield from self._plain(self.columns, index)
+        else:
+            both = {n: torch.cat([self.columns[n], others[n]]) for n in self.columns if n in others}
+            count = len(self.data)
+            order = torch.randperm(count + len(self.other), generator=u.rng("mixed-order"))
+            for rows in order.split(self.size):
+                kept, gone = rows[rows < count], rows[rows >= count]
+                u.forget = {n: c[gone].to(u.device) for n, c in both.items()} if len(gone) else None
+                batch = {n: c[kept].to(u.device) for n, c in both.items()} if len(kept) else {}
+                if batch:
+                    batch["origin"] = torch.zeros(len(kept), dtype=torch.int64, device=u.device)
+                yield batch
+
+
+def position(u: Update, index: Any, batches: int) -> dict[str, Any]:
+    """Everything the loop needs to go on from between two batches, but the weights and the parts' own state (which a
+    ``load`` beside it puts back)."""
+    return {
+        "epoch": u.epoch,
+        "batches": batches,
+        "index": index.tolist(),
+        "step": u.step,
+        "pending": u._pending,
+        "phases": u._shared["phases"],
+        "lr": u.lr,
+        "grads": {name: p.grad for name, p in u.parameters.items() if p.grad is not None} if u._pending else {},
+        "optimizers": {name: _plain_state(optimizer) for name, optimizer in u.optimizers.items()},
+        "rngs": {f"{name}\x1f{epoch}": rng.get_state() for (name, epoch), rng in u._rngs.items()},
+        "torch_rng": torch.get_rng_state(),
+        "new": torch.from_numpy(u.consumed.settle().new.array.copy()),
+        "replayed": torch.from_numpy(u.consumed.replayed.array.copy()),
+    }
+
+
+def _plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    groups = [{k: list(v) if isinstance(v, tuple) else v for k, v in group.items()} for group in state["param_groups"]]
+    return {"state": {str(k): v for k, v in state["state"].items()}, "param_groups": groups}
+
+
+def _restore(u: Update, at: Mapping[str, Any]) -> None:
+    from remanence.core.ids import Ids
+
+    u.step, u._pending, u.lr, u.steps_done = at["step"], at["pending"], at["lr"], at["step"]
+    for name, optimizer in u.optimizers.items():
+        saved = at["optimizers"][name]
+        optimizer.load_state_dict({"state": {int(k): v for k, v in saved["state"].items()}, "param_groups": saved["param_groups"]})
+    for key, state in at["rngs"].items():
+        name, _, epoch = key.partition("\x1f")
+        rng = torch.Generator()
+        rng.set_state(state)
+        u._rngs[(name, int(epoch))] = rng
+    torch.set_rng_state(at["torch_rng"])
+    u._shared["phases"] = at["phases"]
+    at["load"]()
+    params = u.parameters
+    for name, grad in at["grads"].items():
+        params[name].grad = grad.clone()
+    u.consumed = Consumed(Ids(at["new"].numpy()), Ids(at["replayed"].numpy()))

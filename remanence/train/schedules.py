@@ -1,0 +1,82 @@
+"""Learning-rate schedules: a factor of the base rate for every optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from remanence.core.errors import BadInput, UnknownName, nearest
+from remanence.core.knobs import build, check_knobs, knob
+
+
+@dataclass
+class Schedule:
+    """Base: the factor 1 at every step."""
+
+    def __post_init__(self) -> None:
+        check_knobs(self)
+
+    def factor(self, step: int, total: int | None, life_step: int) -> float:
+        """The factor at `step` (0-based) of `total` (None: unknown) in this run, after `life_step` steps of the life."""
+        return 1.0
+
+
+@dataclass
+class Constant(Schedule):
+    """The base rate throughout, after `warmup` steps of a linear rise."""
+
+    warmup: int = knob(0, "steps of linear warm-up", low=0)
+
+    def factor(self, step: int, total: int | None, life_step: int) -> float:
+        return min(1.0, (step + 1) / (self.warmup + 1))
+
+
+def _share(schedule: Cosine | Linear, step: int, total: int | None) -> float:
+    if total is None:
+        raise BadInput("this schedule needs to know the number of steps; use 'constant' for an endless stream")
+    return min(1.0, max(0, step - schedule.warmup) / max(1, total - schedule.warmup))
+
+
+@dataclass
+class Cosine(Schedule):
+    """From 1 to `final` along half a cosine, after `warmup` steps (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+
+    warmup: int = knob(0, "steps of linear warm-up", low=0)
+    final: float = knob(0.0, "factor at the end", low=0, high=1)
+
+    def factor(self, step: int, total: int | None, life_step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * _share(self, step, total)))
+
+
+@dataclass
+class Linear(Schedule):
+    """From 1 to `final` along a line, after `warmup` steps."""
+
+    warmup: int = knob(0, "steps of linear warm-up", low=0)
+    final: float = knob(0.0, "factor at the end", low=0, high=1)
+
+    def factor(self, step: int, total: int | None, life_step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        return 1 - (1 - self.final) * _share(self, step, total)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "cosine": Cosine, "linear": Linear}
+
+
+def schedule_of(value: Any) -> Schedule:
+    """A Schedule from a Schedule, a name or ``{name: knobs}``.
+
+    Raises:
+        UnknownName: no such schedule.
+    """
+    if isinstance(value, Schedule):
+        return value
+    name, knobs = next(iter(value.items())) if isinstance(value, Mapping) else (value, {})
+    if name not in SCHEDULES:
+        raise UnknownName(f"no schedule is called {name!r}{nearest(str(name), SCHEDULES)}")
+    return build(SCHEDULES[name], knobs or {}, str(name))  # type: ignore[no-any-return]

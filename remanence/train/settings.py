@@ -1,0 +1,58 @@
+"""How a run trains: epochs, batches, optimizer, rate."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from remanence.core.errors import BadInput, UnknownName, nearest
+from remanence.core.knobs import check_knobs, knob
+from remanence.train.schedules import schedule_of
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The training knobs of one run, checked when made."""
+
+    epochs: int = knob(1, "passes over the data", low=0)
+    batch_size: int = knob(64, "examples per batch", low=1)
+    optimizer: str | Mapping[str, Any] = knob("adamw", "sgd, adam, adamw or {name: its arguments}")
+    lr: float = knob(1e-3, "base learning rate", low=0)
+    schedule: Any = knob("constant", "constant, cosine, linear or {name: knobs}")
+    clip: float | None = knob(None, "largest norm of the whole gradient", low=0)
+    accumulate: int = knob(1, "batches per optimizer step", low=1)
+
+    def __post_init__(self) -> None:
+        check_knobs(self)
+        schedule_of(self.schedule)
+        self.build([torch.nn.Parameter(torch.zeros(1))])
+
+    def build(self, params: Any, lr: float | None = None, optimizer: Any = None) -> torch.optim.Optimizer:
+        """The optimizer over `params`.
+
+        Raises:
+            UnknownName: no such optimizer, or no such argument of it.
+        """
+        value = optimizer or self.optimizer
+        name, given = next(iter(value.items())) if isinstance(value, Mapping) else (value, {})
+        if name not in OPTIMIZERS:
+            raise UnknownName(f"no optimizer is called {name!r}{nearest(str(name), OPTIMIZERS)}")
+        cls, given = OPTIMIZERS[name], dict(given or {})
+        valid = [p for p in inspect.signature(cls).parameters if p != "params"]
+        for key in given:
+            if key not in valid:
+                raise UnknownName(f"{name} has no argument {key!r}{nearest(str(key), valid)}")
+        try:
+            return cls(params, **{"lr": self.lr if lr is None else lr, "fused": True, **given})
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"optimizer {name}: {error}") from None

@@ -1,0 +1,475 @@
+"""The update `u`: what a method sees of one run, and the few things it may do."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remanence.core.errors import BadInput, NotFinite
+from remanence.core.ids import Ids
+from remanence.core.problem import Batch, Classification, Out, Problem
+from remanence.core.rng import generator, seed_of
+from remanence.data import Examples, Task
+from remanence.nn.anatomy import evaluating, head, module_bytes
+from remanence.nn.masks import Restore
+from remanence.train.roles import HOOKS, Method, Owner, Step
+from remanence.train.schedules import Constant, schedule_of
+from remanence.train.settings import Settings
+
+Progress = Callable[["Update", float], None]
+DRIVES = ("retain", "forget", "sequence", "mixed")
+_WATCH = 64  # losses looked at together: one device sync for so many steps
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Head columns as int64 tensors: all `seen`, those `new` in this event, those `old` before it."""
+
+    seen: Tensor
+    new: Tensor
+    old: Tensor
+
+
+class Context:
+    """A model that answers: what metrics and `predict` see."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        problem: Problem,
+        owner: Owner,
+        labels: Sequence[int] = (),
+        tasks: Sequence[Task] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model, self.problem, self.owner = model, problem, owner
+        self.labels, self.tasks, self.device = list(labels), list(tasks), torch.device(device)
+        columns = torch.arange(len(self.labels))
+        self.classes = Classes(columns, columns[:0], columns)
+
+    @property
+    def columns(self) -> int:
+        """How many head columns the labels seen so far take; 0 where the problem has no classes."""
+        return len(self.labels) if isinstance(self.problem, Classification) else 0
+
+    def mapped(self, examples: Examples) -> Examples:
+        """`examples` with labels turned into head columns; a label never seen becomes -1."""
+        if not self.columns or "y" not in examples.columns or examples["y"].is_floating_point():
+            return examples
+        y = examples["y"]
+        low, high = int(min(self.labels)), int(max(self.labels))
+        table = torch.full((high - low + 1,), -1, dtype=torch.int64)
+        table[torch.tensor(self.labels) - low] = torch.arange(len(self.labels))
+        known = (y >= low) & (y <= high)
+        return examples.replace(y=torch.where(known, table[(y - low).clamp(0, high - low)], -1))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Look without leaving a trace in weights, buffers, flags or random numbers."""
+        with torch.random.fork_rng(devices=_cuda(self.device)), evaluating(self.model):
+            yield
+
+    def batches(self, examples: Examples, batch_size: int = 256) -> Iterator[Batch]:
+        """`examples` in order, in batches on the device."""
+        for rows in torch.arange(len(examples)).split(batch_size):
+            yield {name: column.to(self.device) for name, column in examples.batch(rows).items()}
+
+    def outputs(self, examples: Examples, batch_size: int = 1024) -> Tensor:
+        """The life's answers (N, C) to `examples`, whose `y` are head columns, in eval mode."""
+        with self.aside():
+            found = [self.owner.predict(self, batch).logits for batch in self.batches(examples, batch_size)]
+        return torch.cat(found) if found else torch.empty(0, max(1, self.columns))
+
+    def evaluate(self, examples: Examples) -> dict[str, float]:
+        """The mean of each of the problem's scores over `examples`, given with their own labels.
+
+        Raises:
+            BadInput: there are no examples.
+        """
+        if not len(examples):
+            raise BadInput("there are no examples to measure on")
+        ready = self.mapped(examples)
+        logits, y = self.outputs(ready), ready["y"].to(self.device)
+        if not y.is_floating_point() and bool((y < 0).any()):  # a class never seen is never answered rightly
+            known = y >= 0
+            scores = self.problem.score(Out(logits[known]), {"y": y[known]}, self.classes.seen)
+            accuracy = scores["accuracy"].sum() / len(y)
+            return {"accuracy": float(accuracy)}
+        return {name: float(value.mean()) for name, value in self.problem.score(Out(logits), {"y": y}, self.classes.seen).items()}
+
+
+@dataclass
+class Consumed:
+    """What a run took in: ids of the event's own data and ids replayed by keepers, nested runs included."""
+
+    new: Ids = field(default_factory=Ids)
+    replayed: Ids = field(default_factory=Ids)
+    _rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def epoch(self, ids: Tensor, replayed: bool) -> None:
+        found = Ids(ids.cpu().numpy())
+        self.replayed, self.new = (self.replayed | found, self.new) if replayed else (self.replayed, self.new | found)
+
+    def rows(self, batch: Batch) -> None:
+        self._rows.append((batch["id"], batch["origin"]))
+        if len(self._rows) >= 512:
+            self.settle()
+
+    def settle(self) -> Consumed:
+        if self._rows:
+            ids, origin = (torch.cat(parts).cpu() for parts in zip(*self._rows, strict=True))
+            self.replayed = self.replayed | Ids(ids[origin > 0].numpy())
+            self._rows.clear()
+        return self
+
+
+def hooks(parts: Sequence[Method], name: str) -> list[Any]:
+    """The bound hooks called `name`, of those parts that define it and are not inert."""
+    return [getattr(part, name) for part in parts if hasattr(type(part), name) and not part.inert]
+
+
+class Update(Context):
+    """One run: the owner's event, or a phase nested in it."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        problem: Problem,
+        owner: Owner,
+        settings: Settings,
+        data: Callable[[str], Examples],
+        parts: Sequence[Method] = (),
+        labels: Sequence[int] = (),
+        new_labels: Sequence[int] = (),
+        tasks: Sequence[Task] = (),
+        task: Task | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        event: str = "learn/0",
+        kind: str = "learn",
+        metrics: Sequence[Any] = (),
+        progress: Progress | None = None,
+        life_step: int = 0,
+        retrain: Callable[[Ids, int], nn.Module] | None = None,
+        history: Callable[[], list[Examples]] = list,
+        checkpoint: Callable[[Update, Any, Tensor, int], None] | None = None,
+    ) -> None:
+        super().__init__(model, problem, owner, labels, tasks, device)
+        self.settings, self.parts, self.task = settings, list(parts), task
+        self.seed, self.event, self.kind = seed, event, kind
+        self.metrics = [metric for metric in metrics if getattr(metric, "every", 0)]
+        self.progress, self.life_step = progress, life_step
+        self._data, self._retrain, self._history, self.checkpoint = data, retrain, history, checkpoint
+        new = torch.tensor([i for i, label in enumerate(self.labels) if label in set(new_labels)], dtype=torch.int64)
+        seen = torch.arange(len(self.labels))
+        self.classes = Classes(seen.to(device), new.to(device), seen[~torch.isin(seen, new)].to(device))
+        self.consumed, self.extra_bytes, self.steps_done, self.phase = Consumed(), 0, 0, ""
+        self._shared: dict[str, Any] = {"reference": None, "initial": None, "phases": 0}
+        self._exit = ExitStack()
+        self._cache: dict[str, Examples] = {}
+        #: Set by the life: where to go on from inside the event, and the optimizer state to begin with (None: do not carry).
+        self.resume_at: dict[str, Any] | None = None
+        self.carried: dict[str, Any] | None = None
+        self._fresh()
+
+    def _fresh(self) -> None:
+        """State of one pass through the loop."""
+        self.epoch, self.step, self.total, self.lr = -1, 0, None, self.settings.lr
+        self.batch: Batch = {}
+        self.forget: Batch | None = None
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._rngs: dict[tuple[str, int], torch.Generator] = {}
+        self._outs: dict[int, tuple[Batch, Out]] = {}
+        self._losses: list[Tensor] = []
+        self._features, self._pending, self._next_report = False, 0, 0.0
+        self._restore: Restore | None = None
+        self._before: list[Tensor] = []
+
+    # ------------------------------------------------------------------ what a method sees
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def data(self, name: str) -> Examples:
+        """``task`` (this event's), ``seen`` (all events' up to now), or in a forget run ``forget``, ``retain`` and ``seen`` (both):
+        without what was forgotten earlier, labels as head columns."""
+        if name not in self._cache:
+            self._cache[name] = self.mapped(self._data(name))
+        return self._cache[name]
+
+    def history(self) -> list[Examples]:
+        """The training data of every learn event so far, in order, without what was forgotten, as far as it can be reached."""
+        return [self.mapped(examples) for examples in self._history()]
+
+    def rng(self, name: str) -> torch.Generator:
+        """The generator of the part `name` in this epoch of this event: nobody else's draws can move it."""
+        key = (name, self.epoch)
+        if key not in self._rngs:
+            self._rngs[key] = generator(self.seed, self.event, self.phase, name, self.epoch)
+        return self._rngs[key]
+
+    def seed_of(self, name: str) -> int:
+        """A seed addressed like `rng`, for draws that must be repeated from JSON."""
+        return seed_of(self.seed, self.event, self.phase, name)
+
+    def out(self, batch: Batch, features: bool = False) -> Out:
+        """This step's forward of `batch`, made once and shared by all parts; `features` (B, D) once any part asked for them."""
+        known = self._outs.get(id(batch))
+        if known is not None and not (features and known[1].features is None):
+            return known[1]
+        self._features = self._features or features
+        made = self.problem.forward(self.model, batch, head(self.model) if self._features else None)
+        self._outs[id(batch)] = (batch, made)
+        return made
+
+    def fresh_out(self) -> None:
+        """Forget this step's forwards: the weights have moved."""
+        self._outs.clear()
+
+    def grad(self, loss: Tensor) -> list[Tensor]:
+        """The gradient of `loss` for each of `parameters`, zeros where it does not depend on one; ``p.grad`` is untouched."""
+        params = list(self.parameters.values())
+        found = torch.autograd.grad(loss, params, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+    def reference(self) -> nn.Module:
+        """The model as it was when the event began: frozen, in eval mode, one for all parts. Ask in `begin`."""
+        if self._shared["reference"] is None:
+            made = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self._shared["reference"] = made
+            self.extra_bytes += module_bytes(made)
+        made = self._shared["reference"]
+        assert isinstance(made, nn.Module)
+        return made
+
+    def lookahead(self) -> list[Tensor]:
+        """The change of each of `parameters` that the main optimizer would make now; nothing moves."""
+        optimizer, params = self.optimizers["main"], list(self.parameters.values())
+        before, state = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
+        optimizer.step()
+        change = [p.detach() - old for p, old in zip(params, before, strict=True)]
+        with torch.no_grad():
+            for p, old in zip(params, before, strict=True):
+                p.copy_(old)
+        optimizer.load_state_dict(state)
+        return change
+
+    def view(self, batch: Batch, kind: str) -> Batch:
+        """The batch through the data's view `kind`; itself where the data has none."""
+        views = self._data("task" if self.kind == "learn" else "retain").views
+        return views[kind](batch) if kind in views else batch
+
+    def enter(self, manager: AbstractContextManager[Any]) -> Any:
+        """Enter a context manager; it is left at the end of the event."""
+        return self._exit.enter_context(manager)
+
+    def retrain(self, without: Ids, seed: int) -> nn.Module:
+        """A model that never saw `without`, from the lineage; made once for each seed.
+
+        Raises:
+            BadInput: this run has no lineage to retrain from.
+        """
+        if self._retrain is None:
+            raise BadInput("this run belongs to no life, so there is no lineage to retrain from")
+        return self._retrain(without, seed)
+
+    # ------------------------------------------------------------------ what it may do
+
+    def extend(self, batch: Batch, rows: Batch, part: Method) -> Batch:
+        """`batch` with `rows` after it, marked as coming from `part`; the ids enter the lineage."""
+        from remanence.data import cat_batches
+
+        if not len(rows["id"]):
+            return batch
+        origin = torch.full((len(rows["id"]),), 1 + self.parts.index(part), dtype=torch.int64)
+        return cat_batches(batch, {**rows, "origin": origin})
+
+    def run(
+        self,
+        drive: str | None = None,
+        data: Examples | None = None,
+        parts: Sequence[Method] | None = None,
+        trainable: Iterable[str] | None = None,
+        mask: Mapping[str, Tensor] | None = None,
+        replay: bool = False,
+        **settings: Any,
+    ) -> None:
+        """A phase of this event: the same loop over the same parts.
+
+        Args:
+            drive: in a forget run, what an epoch goes over: ``retain`` or ``forget`` (paired with batches of the other set),
+                ``sequence`` (forget, then retain) or ``mixed`` (both, shuffled).
+            data: other examples, labels as head columns; `replay` says that they count as replayed.
+            parts: other parts than the event's, such as none.
+            trainable: names of the only parameters that may move.
+            mask: {name: bool tensor}: the entries that may move.
+            settings: any of `Settings`' fields.
+        """
+        from remanence.train.loop import loop
+
+        if drive is not None and drive not in DRIVES:
+            raise BadInput(f"drive={drive!r} is not one of {', '.join(DRIVES)}")
+        phase = copy.copy(self)
+        self.resume_at = None
+        phase.settings = replace(self.settings, **settings) if settings else self.settings
+        phase.parts = self.parts if parts is None else list(parts)
+        self._shared["phases"] += 1
+        phase.phase = f"{self.phase}/{self._shared['phases']}" if self.epoch >= 0 or self._shared["phases"] > 1 else self.phase
+        phase.metrics = self.metrics if self.epoch < 0 else []
+        phase.checkpoint = self.checkpoint if self.epoch < 0 and self._shared["phases"] == 1 else None
+        phase._fresh()
+        loop(phase, drive, data, set(trainable) if trainable is not None else None, mask, replay)
+        self.steps_done = phase.steps_done
+        self.consumed = phase.consumed
+        self.fresh_out()
+
+    def fit(
+        self, module: nn.Module, data: Examples, loss: Callable[[nn.Module, Batch], Tensor], **settings: Any
+    ) -> nn.Module:
+        """Train any other module on `data` by the same loop, without keepers."""
+        from remanence.train.loop import loop
+
+        @dataclass
+        class Fit(Owner):
+            def steps(self, u: Update, batch: Batch) -> Iterator[Step]:
+                yield Step(loss(u.model, batch))
+
+        self._shared["phases"] += 1
+        phase = copy.copy(self)
+        phase.model, phase.owner, phase.parts, phase.metrics, phase.checkpoint = module, Fit(), [], [], None
+        phase.settings = replace(self.settings, **settings)
+        phase.phase = f"{self.phase}/{self._shared['phases']}"
+        phase._fresh()
+        loop(phase, None, data, None, None, False)
+        self.consumed = phase.consumed
+        return module
+
+    # ------------------------------------------------------------------ the loop's own steps
+
+    def prepare_optimizers(self) -> None:
+        """One main optimizer; parameter groups of parts that name an optimizer of their own get it."""
+        own: list[dict[str, Any]] = []
+        grouped: set[int] = set()
+        for add in hooks([self.owner, *self.parts], "parameters"):
+            for group in add(self):
+                group = {**group, "params": list(group["params"])}
+                grouped.update(id(p) for p in group["params"])
+                own.append(group)
+        rest = [p for p in self.parameters.values() if id(p) not in grouped]
+        main = [{"params": rest}] if rest else []
+        for group in own:
+            name, kind = group.pop("name", "main"), group.pop("optimizer", None)
+            if name == "main" and kind is None:
+                main.append(group)
+            else:
+                self.optimizers[name] = self.settings.build([group], optimizer=kind)
+        if main:
+            self.optimizers["main"] = self.settings.build(main)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["base"] = group["lr"]
+        if self.carried:
+            self._take_carried(self.carried)
+        self._schedule = schedule_of(self.settings.schedule)
+        self._flat = isinstance(self._schedule, Constant) and not self._schedule.warmup
+
+    def _take_carried(self, carried: Mapping[str, Any]) -> None:
+        """Optimizer state of the event before, for parameters that still have their shape."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for optimizer in self.optimizers.values():
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                state = carried.get(names.get(id(p), ""), {})
+                if all(not v.dim() or v.shape == p.shape for v in state.values()):
+                    optimizer.state[p] = {key: value.clone() for key, value in state.items()}
+
+    def keep_carried(self) -> None:
+        """Write the optimizers' state, by parameter name, for the next event."""
+        if self.carried is not None:
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            states = [item for optimizer in self.optimizers.values() for item in optimizer.state.items()]
+            self.carried.clear()
+            self.carried.update({names[id(p)]: {k: v for k, v in s.items() if isinstance(v, Tensor)} for p, s in states if id(p) in names})
+
+    def backward(self, step: Step, losses: Sequence[Any]) -> bool:
+        """Sum the step's loss and the parts' terms and go backward; whether an optimizer step is due."""
+        loss = step.loss
+        for term in losses if self.batch else ():
+            extra = term(self, self.batch)
+            if extra is not None:
+                loss = extra if loss is None else loss + extra
+        if loss is None or not loss.requires_grad:
+            return False
+        if not self._pending:
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+        every = self.settings.accumulate
+        (loss if every == 1 else loss / every).backward()  # type: ignore[no-untyped-call]
+        self._losses.append(loss.detach())
+        self._pending = (self._pending + 1) % every
+        return self._pending == 0
+
+    def advance(self, step: Step, projections: Sequence[Any]) -> None:
+        """Clip, schedule, step, then put masked entries back and let projections edit the step."""
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
+        if not self._flat:
+            factor = self._schedule.factor(self.step, self.total, self.life_step)
+            self.lr = self.settings.lr * factor
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base"] * factor
+        if projections:
+            params = list(self.parameters.values())
+            if not self._before:
+                self._before = [torch.empty_like(p) for p in params]
+            with torch.no_grad():
+                torch._foreach_copy_(self._before, params)
+        for name, optimizer in self.optimizers.items():
+            if step.by is None or step.by == name:
+                optimizer.step()
+        if projections:
+            with torch.no_grad():
+                for project in projections:
+                    project(self, self.parameters, dict(zip(self.parameters, self._before, strict=True)))
+        if self._restore is not None:  # last, so that no projection moves a masked entry either
+            self._restore.restore()
+        self._outs.clear()
+        self.step += 1
+        self.steps_done += 1
+
+    def watch(self, last: bool = False) -> None:
+        """Look at the losses now and then: one sync for many steps.
+
+        Raises:
+            NotFinite: a loss was NaN or infinite; names the first such step.
+        """
+        if len(self._losses) < _WATCH and not last:
+            return
+        if self._losses:
+            losses = torch.stack(self._losses)
+            finite = torch.isfinite(losses)
+            if not bool(finite.all()):
+                first = self.step - len(losses) + int((~finite).int().argmax())
+                raise NotFinite(f"the loss became {float(losses[~finite][0])} at step {first} of {self.event}; try a smaller lr or clip=1.0")
+            now = time.monotonic()
+            if self.progress is not None and (now >= self._next_report or last):
+                self._next_report = now + 0.1
+                self.progress(self, float(losses.mean()))
+            self._losses.clear()
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+__all__ = ["HOOKS", "Classes", "Consumed", "Context", "Progress", "Update", "hooks"]

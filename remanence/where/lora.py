@@ -1,0 +1,73 @@
+"""Write into low-rank adapters beside frozen weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from remanence.core.errors import BadInput, UnknownName, nearest
+from remanence.core.knobs import knob
+from remanence.nn.adapters import LowRank, add_low_rank
+from remanence.nn.anatomy import head_name, replace_module
+from remanence.train.roles import Where
+from remanence.train.update import Update
+
+
+@dataclass
+class LoRA(Where):
+    """Frozen weights plus trained low-rank changes; the head stays trainable and may grow.
+
+        y = W x + b + (alpha / rank) B A x        A (rank, in) uniform in +-1/sqrt(in), B (out, rank) = 0
+
+    Attached once, at the first event that has it; later events train the same adapters. Until B moves, every output is the same
+    number as before (only a zero may change its sign).
+
+    Pick it where the model is large and a small change must be stored, shipped or dropped. Needs: linear layers.
+    Reference: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. As in the official code, A is
+    drawn uniformly (Kaiming with a = sqrt(5)), where the paper says Gaussian. No dropout on the adapters.
+    """
+
+    rank: int = knob(8, "rank of every change", low=1)
+    alpha: float = knob(16.0, "scale of the change, divided by the rank", low=0)
+    targets: str | list[str] = knob("all-linear", "ends of the names of the linear layers to adapt; all-linear: all but the head")
+
+    def structure(self, u: Update) -> dict[str, Any]:
+        if any(isinstance(module, LowRank) for module in u.model.modules()):
+            return {}
+        return {"names": self._names(u.model), "rank": self.rank, "alpha": self.alpha, "seed": u.seed_of("lora")}
+
+    def attach(self, model: nn.Module, structure: dict[str, Any]) -> nn.Module:
+        return add_low_rank(model, list(structure["names"]), int(structure["rank"]), float(structure["alpha"]), int(structure["seed"]))
+
+    def trainable(self, u: Update) -> list[str]:
+        adapters = [f"{at}.{name}" for at, m in u.model.named_modules() if isinstance(m, LowRank) for name in ("down", "up")]
+        head = head_name(u.model)
+        return adapters + [name for name in u.parameters if name.rpartition(".")[0] == head]
+
+    def merged(self, model: nn.Module) -> nn.Module:
+        """A copy of `model` with every adapter added into its layer: the same function, without adapters."""
+        model = copy.deepcopy(model)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LowRank):
+                model = replace_module(model, name, module.merged())
+        return model
+
+    def _names(self, model: nn.Module) -> list[str]:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        head = head_name(model)
+        if self.targets == "all-linear":
+            names = [name for name in linear if name != head]
+            if not names:
+                raise BadInput("lora: the model has no linear layer but its head, so there is nothing to adapt")
+            return names
+        wanted = [self.targets] if isinstance(self.targets, str) else list(self.targets)
+        found = {want: [name for name in linear if name == want or name.endswith("." + want)] for want in wanted}
+        for want, names in found.items():
+            if not names:
+                raise UnknownName(f"lora: no linear layer is called {want!r}{nearest(want, linear)}")
+            if head in names:
+                raise BadInput(f"lora: {want!r} names the head, which is trained as it is and may grow; leave it out")
+        return [name for name in linear if any(name in names for names in found.values())]
