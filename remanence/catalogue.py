@@ -81,7 +81,9 @@ def _offered(entry: Any) -> list[Part]:
     offered = [loaded] if isinstance(loaded, Part) else list(loaded) if isinstance(loaded, Iterable) else [None]
     for part in offered:
         if not isinstance(part, Part):
-            raise BadInput(f"the entry point {entry.name!r} ({entry.value}) must name a Part or a list of them, not {type(loaded).__name__}")
+            raise BadInput(
+                f"the entry point {entry.name!r} ({entry.value}) must name a Part or a list of them, not {type(loaded).__name__}"
+            )
     return offered
 
 
@@ -148,7 +150,9 @@ def parts(
     ):
         for word in sorted(map(str, given)):
             if word not in known:
-                raise UnknownName(f"no part has the {what} {word!r}{nearest(word, known)} (there is {', '.join(known)})")
+                raise UnknownName(
+                    f"no part has the {what} {word!r}{nearest(word, known)} (there is {', '.join(known)})"
+                )
     return [
         part
         for part in every()
@@ -184,7 +188,9 @@ def named(name: str) -> list[Part]:
         return [find(verb, slug)]
     found = [part for part in every() if name in (part.slug, part.name)]
     if not found:
-        raise UnknownName(f"no part is called {name!r}{nearest(name, [part.slug for part in every()])}; `remanence methods` lists all")
+        raise UnknownName(
+            f"no part is called {name!r}{nearest(name, [part.slug for part in every()])}; `remanence methods` lists all"
+        )
     return found
 
 

@@ -42,7 +42,9 @@ class Problem:
         finally:
             hook.remove()
         if not taken:
-            raise BadInput("the model never called its head, so it has no features to offer; name the head by a `head` attribute")
+            raise BadInput(
+                "the model never called its head, so it has no features to offer; name the head by a `head` attribute"
+            )
         return Out(logits, taken[0].flatten(1))
 
     def losses(self, out: Out, batch: Batch, classes: Tensor | None = None) -> Tensor:
@@ -115,7 +117,9 @@ class Regression(Problem):
         y = batch["y"].to(out.logits.dtype)
         values = out.logits if y.dim() == out.logits.dim() else out.logits.squeeze(-1)
         if values.shape != y.shape:
-            raise BadInput(f"the model gives values of shape {tuple(values.shape)} for targets of shape {tuple(y.shape)}")
+            raise BadInput(
+                f"the model gives values of shape {tuple(values.shape)} for targets of shape {tuple(y.shape)}"
+            )
         return 0.5 * (values - y).square().reshape(len(y), -1).sum(1)
 
     def score(self, out: Out, batch: Batch, classes: Tensor | None = None) -> dict[str, Tensor]:

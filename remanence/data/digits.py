@@ -56,7 +56,10 @@ def split_classes(
     flat = [c for group in groups for c in group]
     unknown = sorted(set(flat) - set(known))
     if unknown or len(set(flat)) < len(flat) or not all(groups):
-        raise BadInput(f"tasks={groups}: every task needs classes, each class once, out of {known}" + (f"; unknown: {unknown}" if unknown else ""))
+        raise BadInput(
+            f"tasks={groups}: every task needs classes, each class once, out of {known}"
+            + (f"; unknown: {unknown}" if unknown else "")
+        )
     if test is None:
         if not 0 < test_share < 1:
             raise BadInput(f"test_share={test_share} must lie between 0 and 1")
@@ -133,4 +136,3 @@ def split_idx(
     if flat:
         examples = examples.replace(x=examples["x"].flatten(1))
     return split_classes(examples, tasks=tasks, test_share=test_share, seed=seed, name="split-idx")
-

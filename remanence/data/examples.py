@@ -82,12 +82,16 @@ class Examples:
             BadInput: names the column and the number of bad rows.
         """
         if len(self.ids) != len(self):
-            raise BadInput(f"{self.source}: {len(self) - len(self.ids)} ids are repeated; every example needs an id of its own")
+            raise BadInput(
+                f"{self.source}: {len(self) - len(self.ids)} ids are repeated; every example needs an id of its own"
+            )
         for name, column in self.columns.items():
             if isinstance(column, Tensor) and column.is_floating_point() and not bool(torch.isfinite(column.sum())):
                 bad = (~torch.isfinite(column)).reshape(len(column), -1).any(1).sum().item()
                 if bad:
-                    raise BadInput(f"{self.source}: column {name!r} has NaN or infinite values in {bad} rows; clean or drop them")
+                    raise BadInput(
+                        f"{self.source}: column {name!r} has NaN or infinite values in {bad} rows; clean or drop them"
+                    )
 
     def rows(self, ids: Ids) -> Tensor:
         """Row numbers of those of `ids` that are here, in the order of the rows."""
@@ -172,10 +176,14 @@ def cat_batches(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str
         if name in second:
             other = second[name]
             if first[name].shape[1:] != other.shape[1:]:
-                raise BadInput(f"column {name!r}: rows of shape {tuple(first[name].shape[1:])} and {tuple(other.shape[1:])}")
+                raise BadInput(
+                    f"column {name!r}: rows of shape {tuple(first[name].shape[1:])} and {tuple(other.shape[1:])}"
+                )
             joined[name] = torch.cat([first[name], other.to(first[name].dtype)])
     if "weight" in first or "weight" in second:
-        ones = [batch.get("weight", torch.ones(len(batch["id"]), device=batch["id"].device)) for batch in (first, second)]
+        ones = [
+            batch.get("weight", torch.ones(len(batch["id"]), device=batch["id"].device)) for batch in (first, second)
+        ]
         joined["weight"] = torch.cat(ones)
     return joined
 

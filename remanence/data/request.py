@@ -52,7 +52,9 @@ class Request:
             if name not in ("ids", "client") and (isinstance(value, str) or not isinstance(value, Iterable)):
                 raise BadInput(f"Request({name}={value!r}): give a list")
         if not given or not any(len(value) if hasattr(value, "__len__") else True for value in given.values()):
-            raise BadInput("the request names nothing; give ids=[...] or classes=[...] (or another field that is not empty)")
+            raise BadInput(
+                "the request names nothing; give ids=[...] or classes=[...] (or another field that is not empty)"
+            )
 
     def asked(self) -> dict[str, Any]:
         """The fields given, as JSON values."""
@@ -72,7 +74,11 @@ class Request:
             value = getattr(self, name)
             if value is not None:
                 listed = [value] if name == "client" else list(value)
-                noun = {"classes": "class", "entities": "entity"}.get(name, name.removesuffix("s")) if len(listed) == 1 else name
+                noun = (
+                    {"classes": "class", "entities": "entity"}.get(name, name.removesuffix("s"))
+                    if len(listed) == 1
+                    else name
+                )
                 words.append(f"{noun} {', '.join(map(str, listed))}")
         return " and ".join(words)
 

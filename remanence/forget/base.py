@@ -42,10 +42,14 @@ class RandomLabels:
             BadInput: there are no labels, or only one class is left.
         """
         if not u.columns or u.data("forget")["y"].is_floating_point():
-            raise BadInput("random labels need a class label for every example; use gradient-ascent where there are none")
+            raise BadInput(
+                "random labels need a class label for every example; use gradient-ascent where there are none"
+            )
         columns = u.data("seen")["y"].unique().to(u.device)
         if len(columns) < 2:
-            raise BadInput("random labels need a second class, and only one has data that can be reached; use gradient-ascent or retrain")
+            raise BadInput(
+                "random labels need a second class, and only one has data that can be reached; use gradient-ascent or retrain"
+            )
         return cls(columns, drive if drive != "auto" else "sequence" if len(columns) <= SMALL else "mixed", alpha)
 
     def objective(self, u: Update, forget: Batch | None, retain: Batch | None) -> Tensor | None:

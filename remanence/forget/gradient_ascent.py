@@ -28,7 +28,13 @@ class GradientAscent(Forgetter):
     difference): Liu et al. 2022, arXiv 2203.12817. Deviation: neither bounds the loss; ``cap: null`` gives theirs.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 5, "batch_size": 64, "optimizer": "sgd", "lr": 0.1, "schedule": "constant"}
+    defaults: ClassVar[dict[str, Any]] = {
+        "epochs": 5,
+        "batch_size": 64,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "schedule": "constant",
+    }
 
     ascent: float = knob(1.0, "weight of the forget set's loss", low=0)
     retain: float = knob(1.0, "weight of the retained data's loss", low=0)

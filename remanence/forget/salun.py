@@ -47,7 +47,9 @@ class SalUn(Forgetter):
     rho: float = knob(0.5, "share of weights that may move; 1 is plain random-label", low=0, high=1)
     alpha: float = knob(1.0, "weight of the retained data", low=0)
     soft: bool = knob(False, "soft thresholding instead of a mask")
-    drive: str = knob("auto", "what an epoch goes over, see random-label", choices=("auto", "sequence", "mixed", "forget", "retain"))
+    drive: str = knob(
+        "auto", "what an epoch goes over, see random-label", choices=("auto", "sequence", "mixed", "forget", "retain")
+    )
 
     def forget(self, u: Update, request: Request) -> Outcome:
         self._labels = RandomLabels.of(u, self.drive, self.alpha)
@@ -60,7 +62,11 @@ class SalUn(Forgetter):
         gradient = mean_gradient(u.model, u.problem, u.batches(u.data("forget")), u.parameters, u.classes.seen)
         mask = top_fraction({name: g.abs() for name, g in gradient.items()}, self.rho)
         u.run(drive=self._labels.drive, mask=mask)
-        return Outcome(notes=[f"{sum(int(m.sum()) for m in mask.values())} of {sum(m.numel() for m in mask.values())} weights could move"])
+        return Outcome(
+            notes=[
+                f"{sum(int(m.sum()) for m in mask.values())} of {sum(m.numel() for m in mask.values())} weights could move"
+            ]
+        )
 
     def objective(self, u: Update, forget: Batch | None, retain: Batch | None) -> Tensor | None:
         return self._labels.objective(u, forget, retain)

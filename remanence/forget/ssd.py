@@ -34,9 +34,13 @@ class SSD(Forgetter):
     Selective Synaptic Dampening", arXiv 2308.07707.
     """
 
-    selection: float = knob(10.0, "alpha: how much more a weight must matter to the forget set; smaller selects more", low=0)
+    selection: float = knob(
+        10.0, "alpha: how much more a weight must matter to the forget set; smaller selects more", low=0
+    )
     dampening: float = knob(1.0, "lambda: strength of what is left of a selected weight", low=0)
-    importance: str = knob("batch", "per batch, per example, or without labels", choices=("batch", "example", "label-free"))
+    importance: str = knob(
+        "batch", "per batch, per example, or without labels", choices=("batch", "example", "label-free")
+    )
 
     def forget(self, u: Update, request: Request) -> Outcome:
         forget, everything = self._importance(u, u.data("forget")), self._importance(u, u.data("seen"))
@@ -44,15 +48,29 @@ class SSD(Forgetter):
         return Outcome(notes=[f"dampened {touched} weights"])
 
     def _importance(self, u: Update, examples: Examples) -> dict[str, Tensor]:
-        measures: dict[str, Callable[..., dict[str, Tensor]]] = {"example": diagonal_fisher, "batch": batch_fisher, "label-free": absolute_gradient}
-        rng = torch.Generator().manual_seed(u.seed_of("ssd"))  # a batch mean depends on its batch: never whole tasks in a row
+        measures: dict[str, Callable[..., dict[str, Tensor]]] = {
+            "example": diagonal_fisher,
+            "batch": batch_fisher,
+            "label-free": absolute_gradient,
+        }
+        rng = torch.Generator().manual_seed(
+            u.seed_of("ssd")
+        )  # a batch mean depends on its batch: never whole tasks in a row
         batches = u.batches(examples.select(torch.randperm(len(examples), generator=rng)), u.settings.batch_size)
         params = dict(u.model.named_parameters())
-        return measures[self.importance](u.model, u.problem, batches, params, classes=u.classes.seen if u.columns else None)
+        return measures[self.importance](
+            u.model, u.problem, batches, params, classes=u.classes.seen if u.columns else None
+        )
 
 
 @torch.no_grad()
-def dampen(params: dict[str, Tensor], forget: dict[str, Tensor], everything: dict[str, Tensor], selection: float, dampening: float) -> int:
+def dampen(
+    params: dict[str, Tensor],
+    forget: dict[str, Tensor],
+    everything: dict[str, Tensor],
+    selection: float,
+    dampening: float,
+) -> int:
     """Dampen `params` in place by the rule above; returns how many weights were selected."""
     touched = 0
     for name, theta in params.items():

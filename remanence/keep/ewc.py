@@ -31,7 +31,9 @@ class EWC(Keeper):
 
     strength: float = knob(100.0, "weight of the penalty", low=0)
     decay: float = knob(1.0, "share of the old Fisher that stays when a task is added", low=0, high=1)
-    fisher: str = knob("empirical", "whose labels: the data's, or all of the model's own, weighted", choices=("empirical", "exact"))
+    fisher: str = knob(
+        "empirical", "whose labels: the data's, or all of the model's own, weighted", choices=("empirical", "exact")
+    )
 
     def setup(self) -> None:
         self.anchor = QuadraticAnchor({}, {}, strength=self.strength, half=True)
@@ -45,7 +47,9 @@ class EWC(Keeper):
 
     def _consolidate(self, u: Update, examples: Examples) -> None:
         params = dict(u.model.named_parameters())
-        fisher = diagonal_fisher(u.model, u.problem, u.batches(examples), params, self.fisher, u.classes.seen if u.columns else None)
+        fisher = diagonal_fisher(
+            u.model, u.problem, u.batches(examples), params, self.fisher, u.classes.seen if u.columns else None
+        )
         self.anchor.merge(params, fisher, self.decay)
 
     def forgot(self, u: Update, ids: Ids) -> None:

@@ -30,7 +30,9 @@ class L2(Keeper):
         anchor = {name: p.detach() for name, p in u.parameters.items()}
         if u.columns:
             old = len(u.classes.old)
-            anchor = {n: value[:old] if n.rpartition(".")[0] == head_name(u.model) else value for n, value in anchor.items()}
+            anchor = {
+                n: value[:old] if n.rpartition(".")[0] == head_name(u.model) else value for n, value in anchor.items()
+            }
         self._anchor = QuadraticAnchor(anchor, strength=self.strength)
         u.extra_bytes += self._anchor.bytes()
 

@@ -44,7 +44,9 @@ class Replay(Keeper):
     def prepare(self, u: Update, batch: Batch) -> Batch:
         if not len(self.buffer):
             return batch
-        return u.extend(batch, self.buffer.draw(self.batch_size, u.rng("replay"), balanced=self.policy != "reservoir"), self)
+        return u.extend(
+            batch, self.buffer.draw(self.batch_size, u.rng("replay"), balanced=self.policy != "reservoir"), self
+        )
 
     def after(self, u: Update, batch: Batch) -> None:
         if self.policy == "reservoir" and u.kind == "learn" and u.epoch == 0:

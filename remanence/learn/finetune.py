@@ -24,7 +24,9 @@ class Finetune(Learner):
     Pick it with a keeper beside it; alone it forgets. Needs: labels or targets.
     """
 
-    compete: str = knob("seen", "columns that compete in the loss: of all classes seen, or new ones only", choices=("seen", "new"))
+    compete: str = knob(
+        "seen", "columns that compete in the loss: of all classes seen, or new ones only", choices=("seen", "new")
+    )
 
     def objective(self, u: Update, batch: Batch) -> Tensor:
         columns = u.classes.seen if self.compete == "seen" or not len(u.classes.new) else u.classes.new

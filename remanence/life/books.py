@@ -45,7 +45,11 @@ class Books:
         mine = ids & self.consumed
         left = mine
         rows: list[tuple[Ids, str, str]] = []
-        reasons = {"suppressed": "hidden by a guard", "unlearned": "measured closer to retraining than doing nothing", "deleted": "as in a life without them"}
+        reasons = {
+            "suppressed": "hidden by a guard",
+            "unlearned": "measured closer to retraining than doing nothing",
+            "deleted": "as in a life without them",
+        }
         changed: list[tuple[Ids, str, str]] = []
         for state, why in reasons.items():
             found = mine & self.states[state]

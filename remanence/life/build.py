@@ -53,7 +53,9 @@ def check_keepers(keepers: Sequence[Keeper]) -> None:
     for keeper in keepers:
         stores = [v for v in vars(keeper).values() if getattr(v, "derived", False)]
         if (stores or keeper.computed()) and not hasattr(type(keeper), "forgot"):
-            raise BadInput(f"{keeper.slug} stores values computed by the weights but has no `forgot`, so it would teach forgotten data back")
+            raise BadInput(
+                f"{keeper.slug} stores values computed by the weights but has no `forgot`, so it would teach forgotten data back"
+            )
 
 
 def named(methods: Sequence[Method], verb: str) -> dict[str, Method]:

@@ -110,7 +110,9 @@ def _new_labels(state: State, task: Task, problem: Problem) -> list[int]:
     if not isinstance(problem, Classification):
         return []
     present = [int(label) for label in task.train["y"].unique()]
-    order = [label for label in task.classes if label in present] + [label for label in present if label not in task.classes]
+    order = [label for label in task.classes if label in present] + [
+        label for label in present if label not in task.classes
+    ]
     if problem.classes is None:
         return [label for label in order if label not in state.labels]
     strange = [label for label in order if label not in problem.classes]

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 ABSENT = 20.0
 #: Shares of the held-out data that may be used to choose a method (tune), to fit attacks (calibrate) and to report.
 SPLITS = {"tune": 0.2, "calibrate": 0.2, "report": 0.6}
-FORGOTTEN = ("forget accuracy", "membership AUC (loss)", "membership AUC (modified entropy)", "membership AUC (logistic)", "KL from references")
+FORGOTTEN = (
+    "forget accuracy",
+    "membership AUC (loss)",
+    "membership AUC (modified entropy)",
+    "membership AUC (logistic)",
+    "KL from references",
+)
 RANGES = {"accuracy": "0 to 1", "AUC": "0 to 1, 0.5 is chance", "KL": "0 up, nats", "mse": "0 up", "TPR": "0 to 1"}
 
 
@@ -62,7 +68,11 @@ class Assessor:
     def __init__(self, life: Life, forget: Examples, retain: Examples) -> None:
         self.life, self.forget, self.retain = life, forget, retain
         held = [part for part in split(life, "report") if len(part)]
-        lost = set() if not isinstance(life.problem, Classification) else set(forget["y"].tolist()) - set(retain["y"].tolist())
+        lost = (
+            set()
+            if not isinstance(life.problem, Classification)
+            else set(forget["y"].tolist()) - set(retain["y"].tolist())
+        )
         self.test = _without_labels(held, lost)
         self.strangers = self._strangers(held)
         self.classifies = isinstance(life.problem, Classification)
@@ -109,7 +119,9 @@ class Assessor:
             if rate is not None:
                 figures[f"membership TPR at 1 % FPR ({name})"] = rate
         if min(len(members), len(others)) >= 20:
-            inside, outside = attacks.logistic(members, y, others, z, seed=seed_of(self.life.seed, "logistic attack") % 2**31)
+            inside, outside = attacks.logistic(
+                members, y, others, z, seed=seed_of(self.life.seed, "logistic attack") % 2**31
+            )
             figures["membership AUC (logistic)"] = attacks.auc(inside, outside)
         return figures
 
@@ -125,7 +137,9 @@ class Assessor:
         if references:
             for name, nothing in before["figures"].items():
                 if name in after["figures"] and all(name in r["figures"] for r in references):
-                    cells.append(compare(name, [r["figures"][name] for r in references], after["figures"][name], nothing))
+                    cells.append(
+                        compare(name, [r["figures"][name] for r in references], after["figures"][name], nothing)
+                    )
             between = None
             if len(references) > 1:
                 between = leave_one_out([[self.distance(a, b) for b in references] for a in references])
@@ -133,7 +147,10 @@ class Assessor:
             cells.append(compare_distances("KL from references", to_after, to_before, between))
         judged = [cell for cell in cells if cell.metric in FORGOTTEN or cell.metric.startswith("forget ")]
         earned, reason = earned_unlearned(judged) if references else (False, "not measured against retraining")
-        rows = [{**_plain(asdict(cell)), "range": next((r for k, r in RANGES.items() if k in cell.metric), "")} for cell in cells]
+        rows = [
+            {**_plain(asdict(cell)), "range": next((r for k, r in RANGES.items() if k in cell.metric), "")}
+            for cell in cells
+        ]
         return Assessment(rows, earned, reason, len(references), _round(before["figures"]), _round(after["figures"]))
 
 
@@ -148,7 +165,9 @@ def _outputs(c: Context, examples: Examples) -> np.ndarray:
     return c.outputs(c.mapped(examples)).double().cpu().numpy()
 
 
-def _padded(logits: np.ndarray, labels: list[int], wanted: list[int], columns: list[int] | None = None) -> tuple[np.ndarray, list[int]]:
+def _padded(
+    logits: np.ndarray, labels: list[int], wanted: list[int], columns: list[int] | None = None
+) -> tuple[np.ndarray, list[int]]:
     """`logits` with a column, far below the others, for each label that the model has no column for."""
     columns = list(dict.fromkeys([*(columns or labels), *wanted]))
     found = np.repeat(logits.max(1, keepdims=True) - ABSENT, len(columns), axis=1)
@@ -164,7 +183,10 @@ def _columns(examples: Examples, columns: list[int]) -> np.ndarray:
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: (None if isinstance(v, float) and not np.isfinite(v) else float(f"{v:.6g}") if isinstance(v, float) else v) for k, v in row.items()}
+    return {
+        k: (None if isinstance(v, float) and not np.isfinite(v) else float(f"{v:.6g}") if isinstance(v, float) else v)
+        for k, v in row.items()
+    }
 
 
 def _round(figures: dict[str, float]) -> dict[str, float]:

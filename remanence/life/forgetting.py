@@ -22,7 +22,7 @@ from remanence.life.evidence import Assessment, Assessor
 from remanence.life.files import canonical, empty, write_atomic
 from remanence.life.ledger import Row, commit
 from remanence.life.snapshots import weights_sha256
-from remanence.life.state import State, state_bytes
+from remanence.life.state import state_bytes
 from remanence.train.loop import forget as forget_run
 from remanence.train.roles import Forgetter, Keeper, Outcome, Where
 from remanence.train.settings import Settings
@@ -73,7 +73,9 @@ def receipt_from(life: Life, row: Row) -> Receipt:
         known = states.get(entry["holder"])
         states[entry["holder"]] = entry["state"] if known is None else min(known, entry["state"], key=STATES.index)
     ids = life._ids(content["ids"]) if content["n"] else Ids()
-    return Receipt(number, content["status"], ids, content["by"], states, content["evidence"], receipt_path(life, number), content)
+    return Receipt(
+        number, content["status"], ids, content["by"], states, content["evidence"], receipt_path(life, number), content
+    )
 
 
 def receipt_path(life: Life, number: int) -> Path:
@@ -97,7 +99,16 @@ class _Asked:
 
 
 def forget(
-    life: Life, request: Request, *, by: Any, keep: Any, where: Any, verify: Any, retain: str, settings: Mapping[str, Any], limit: float | None
+    life: Life,
+    request: Request,
+    *,
+    by: Any,
+    keep: Any,
+    where: Any,
+    verify: Any,
+    retain: str,
+    settings: Mapping[str, Any],
+    limit: float | None,
 ) -> Receipt:
     """See `Life.forget`."""
     life._writable()
@@ -137,7 +148,13 @@ def seeds_of(verify: Any) -> int:
         return 0
     name, knobs = next(iter(verify.items())) if isinstance(verify, Mapping) and len(verify) == 1 else (verify, {})
     seeds = (knobs or {}).get("seeds", 3) if isinstance(knobs or {}, Mapping) else None
-    if name != "retrain" or set(knobs or {}) - {"seeds"} or not isinstance(seeds, int) or isinstance(seeds, bool) or not 1 <= seeds <= 100:
+    if (
+        name != "retrain"
+        or set(knobs or {}) - {"seeds"}
+        or not isinstance(seeds, int)
+        or isinstance(seeds, bool)
+        or not 1 <= seeds <= 100
+    ):
         raise BadInput(f"verify={verify!r}: give None, 'retrain' or {{'retrain': {{'seeds': 1 to 100}}}}")
     return seeds
 
@@ -148,11 +165,16 @@ def seeds_of(verify: Any) -> int:
 def _resolve(life: Life, request: Request) -> tuple[Ids, Ids]:
     """What the request covers: ids that the life has consumed; and the ids asked for that it never has."""
     seen = [learned.task.train.only(learned.ids) for learned in life._learned if learned.task is not None]
-    if request.ids is not None and not any(getattr(request, name) is not None for name in ("classes", "documents", "spans", "entities", "concepts", "client")):
+    if request.ids is not None and not any(
+        getattr(request, name) is not None
+        for name in ("classes", "documents", "spans", "entities", "concepts", "client")
+    ):
         return request.ids & life._books.touched, request.ids - life._books.touched
     if not seen:
         if life._learned:
-            raise Refused("the request must be resolved against the data, which cannot be reached; resume with data=..., or ask by ids")
+            raise Refused(
+                "the request must be resolved against the data, which cannot be reached; resume with data=..., or ask by ids"
+            )
         return Ids(), request.ids or Ids()
     found, unseen = request.resolve(seen)
     if request.ids is not None:
@@ -184,13 +206,21 @@ def _check(life: Life, asked: _Asked) -> None:
     if not reachable and (asked.by.slug == "retrain" or asked.seeds):
         raise Refused("retraining needs the data of every event; give it: Life.resume(home, model, data=...)")
     if reachable and not life._history(life._books.tombstones | asked.ids):
-        raise Refused("the request would remove everything this life learned; delete the life instead (remanence delete HOME)")
+        raise Refused(
+            "the request would remove everything this life learned; delete the life instead (remanence delete HOME)"
+        )
     if not any(learned.task is not None and learned.task.train.ids & asked.ids for learned in life._learned):
         raise Refused("the examples to forget cannot be reached, and every method needs them; resume with data=...")
-    need = 2 * max([life._snapshots.bytes(entry["manifest"]) for entry in life._ledger.get_current("snapshots")], default=0) + 2**20
+    need = (
+        2
+        * max([life._snapshots.bytes(entry["manifest"]) for entry in life._ledger.get_current("snapshots")], default=0)
+        + 2**20
+    )
     free = shutil.disk_usage(life.home).free
     if free < need:
-        raise Refused(f"the disk has {free} bytes free where this request may need {need}; free some space and ask again")
+        raise Refused(
+            f"the disk has {free} bytes free where this request may need {need}; free some space and ask again"
+        )
 
 
 def _ask(life: Life, asked: _Asked, request: Request) -> None:
@@ -214,7 +244,9 @@ def _ask(life: Life, asked: _Asked, request: Request) -> None:
             return
         asked.number = len(life._ledger.rows("asked")) + 1
         salt = secrets.token_bytes(16)
-        tx.put_private(f"request/{asked.number}", {"asked": request.asked(), "plain": request.plain(), "salt": salt.hex()})
+        tx.put_private(
+            f"request/{asked.number}", {"asked": request.asked(), "plain": request.plain(), "salt": salt.hex()}
+        )
         tx.append("asked", {"number": asked.number, **body}, {"commitment": commit(asked.ids, salt), "at": time.time()})
 
 
@@ -409,7 +441,9 @@ def consumed_by(life: Life, event: int) -> Ids:
 def _limit(asked: _Asked, before: Mapping[str, float], after: Mapping[str, float]) -> None:
     drop = before.get("test accuracy", 0.0) - after.get("test accuracy", 0.0)
     if asked.limit is not None and drop > asked.limit:
-        raise EventFailed(f"held-out accuracy fell by {drop:.3f}, more than the limit {asked.limit}; try a gentler setting of {asked.by.slug}")
+        raise EventFailed(
+            f"held-out accuracy fell by {drop:.3f}, more than the limit {asked.limit}; try a gentler setting of {asked.by.slug}"
+        )
 
 
 def _commit(life: Life, asked: _Asked, work: _Work | None, manifest: dict[str, Any], seconds: float) -> Row:
@@ -451,7 +485,9 @@ def _commit(life: Life, asked: _Asked, work: _Work | None, manifest: dict[str, A
         entry = {"seq": len(life._ledger), "event": body["event"], "manifest": manifest}
         now = [*kept, entry] if work is not None else entries
         erase = life._snapshots.sweep([e["manifest"] for e in now], dry=True)
-        row = tx.append("forget", body, {"seconds": seconds, "parts": work.seconds if work is not None else {}, "at": time.time()})
+        row = tx.append(
+            "forget", body, {"seconds": seconds, "parts": work.seconds if work is not None else {}, "at": time.time()}
+        )
         tx.set_current("snapshots", now)
         tx.set_current("checkpoint", None)
         tx.set_current("owed", {"number": asked.number, "erase": erase})
@@ -500,7 +536,9 @@ def _look_again(life: Life, row: Row) -> list[dict[str, Any]]:
             found.append({"holder": name, "n": len(records), "why": "records are still stored"})
     stray = life._snapshots.sweep([e["manifest"] for e in life._ledger.get_current("snapshots")], dry=True)
     if stray:
-        found.append({"holder": "snapshots", "n": len(stray), "why": "files could not be erased; tried again at every open"})
+        found.append(
+            {"holder": "snapshots", "n": len(stray), "why": "files could not be erased; tried again at every open"}
+        )
     return found
 
 

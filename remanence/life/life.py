@@ -123,7 +123,9 @@ class Life:
         progress: Progress | None = None,
     ) -> None:
         if tokenizer is not None:
-            raise BadInput("a tokenizer belongs to a language problem; this version knows classification and regression")
+            raise BadInput(
+                "a tokenizer belongs to a language problem; this version knows classification and regression"
+            )
         self._prepare(model, problem, learner, keep, where, seed, device, measure, progress)
         self._temporary = tempfile.TemporaryDirectory(prefix="remanence-") if home is None else None
         self.home = Path(self._temporary.name if self._temporary else home or "").resolve()
@@ -131,7 +133,9 @@ class Life:
         self._open(ledger, new=True)
         try:
             if self._ledger.rows():
-                raise Refused(f"{self.home} already holds a life; go on with Life.resume({str(self.home)!r}) or choose another home")
+                raise Refused(
+                    f"{self.home} already holds a life; go on with Life.resume({str(self.home)!r}) or choose another home"
+                )
             body = {
                 "name": name or (self.home.name if home is not None else "life"),
                 "seed": seed,
@@ -156,7 +160,16 @@ class Life:
     # ------------------------------------------------------------------ opening, resuming, closing
 
     def _prepare(
-        self, model: Any, problem: Any, learner: Any, keep: Any, where: Any, seed: int, device: Any, measure: Sequence[Any], progress: Progress | None
+        self,
+        model: Any,
+        problem: Any,
+        learner: Any,
+        keep: Any,
+        where: Any,
+        seed: int,
+        device: Any,
+        measure: Sequence[Any],
+        progress: Progress | None,
     ) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise BadInput(f"seed={seed!r} must be an integer")
@@ -164,11 +177,15 @@ class Life:
         self._factory = None if isinstance(model, nn.Module) else model
         built = model if isinstance(model, nn.Module) else model(seed)
         if not isinstance(built, nn.Module):
-            raise BadInput(f"model must be a torch module or a function of a seed that builds one, not {type(model).__name__}")
+            raise BadInput(
+                f"model must be a torch module or a function of a seed that builds one, not {type(model).__name__}"
+            )
         if any(not bool(torch.isfinite(p.sum())) for p in built.parameters()):
             raise BadInput("the model has NaN or infinite weights")
         first = next(built.parameters(), None)
-        self.device = torch.device(device) if device is not None else (first.device if first is not None else torch.device("cpu"))
+        self.device = (
+            torch.device(device) if device is not None else (first.device if first is not None else torch.device("cpu"))
+        )
         self._blank = copy.deepcopy(built).cpu()
         self._keep_specs = [keeper.spec() for keeper in resolve_all("keep", keep, Keeper)]
         self._learner_spec = resolve("learn", learner or "finetune", Learner).spec()
@@ -183,7 +200,9 @@ class Life:
         self._events: list[dict[str, Any]] = []
 
     def _fresh_state(self, model: nn.Module) -> State:
-        return State(model, resolve("learn", self._learner_spec, Learner), resolve_all("keep", self._keep_specs, Keeper))
+        return State(
+            model, resolve("learn", self._learner_spec, Learner), resolve_all("keep", self._keep_specs, Keeper)
+        )
 
     def _open(self, ledger: str | None, new: bool) -> None:
         with plain_errors(self.home):
@@ -235,7 +254,9 @@ class Life:
         try:
             born = life._ledger.rows("born")
             if not born:
-                raise Corrupt(f"{home} has a ledger but no life in it: it was stopped before it began; delete the folder and run again")
+                raise Corrupt(
+                    f"{home} has a ledger but no life in it: it was stopped before it began; delete the folder and run again"
+                )
             life._born = born[0]
             body = born[0].body
             if (home / "plan.yaml").exists():
@@ -244,10 +265,22 @@ class Life:
                 model, data = (made if model is None else model), (stream if data is None else data)
             if model is None:
                 raise BadInput("this life was not run from a plan: give the initial model, resume(home, model=...)")
-            life._prepare(model, body["problem"], body["learner"], body["keep"], body["where"], body["seed"], None, body["measure"], progress)
+            life._prepare(
+                model,
+                body["problem"],
+                body["learner"],
+                body["keep"],
+                body["where"],
+                body["seed"],
+                None,
+                body["measure"],
+                progress,
+            )
             if weights_sha256(life._blank.state_dict()) != body["weights_sha256"]:
                 if not life._begin_from_snapshot():
-                    raise DataChanged("the model given is not the one this life began with; give it with its initial weights")
+                    raise DataChanged(
+                        "the model given is not the one this life began with; give it with its initial weights"
+                    )
             life._check_drift(allow_drift)
             life._replay_rows(list(data) if data is not None else [])
             life._load_current()
@@ -283,7 +316,9 @@ class Life:
             return
         said = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in changed)
         if not allow:
-            raise Drift(f"this life cannot be continued with the same bits: {said}. Restore them, or go on with allow_drift (--allow-drift)")
+            raise Drift(
+                f"this life cannot be continued with the same bits: {said}. Restore them, or go on with allow_drift (--allow-drift)"
+            )
         with self._ledger.begin() as tx:
             tx.append("drift", {}, {"versions": now, "changed": said})
 
@@ -404,7 +439,11 @@ class Life:
         """
         self._writable()
         settings = Settings(epochs, batch_size, optimizer, lr, schedule, clip, accumulate)
-        task = Task(task, task, tuple(_labels(task)), tuple(map(str, _labels(task))), len(self._learned)) if isinstance(task, Examples) else task
+        task = (
+            Task(task, task, tuple(_labels(task)), tuple(map(str, _labels(task))), len(self._learned))
+            if isinstance(task, Examples)
+            else task
+        )
         recipe = Recipe(
             ordinal=len(self._learned),
             settings={name: getattr(settings, name) for name in settings.__dataclass_fields__},
@@ -420,7 +459,9 @@ class Life:
         gone = task.train.ids & self._books.tombstones
         if gone and not allow_forgotten:
             if len(gone) == len(task.train):
-                raise Refused("all of these examples were forgotten on request; learning them again must be asked for: allow_forgotten=True")
+                raise Refused(
+                    "all of these examples were forgotten on request; learning them again must be asked for: allow_forgotten=True"
+                )
             task = without(task, gone)
         label = f"learn task {task.id}"
         with self._ledger.begin() as tx:
@@ -430,7 +471,15 @@ class Life:
             u, consumed = self._learn(task, recipe, snapshot_every)
             self._finite()
             measured = self._measured([*self._learned, Learned(recipe, task, consumed.new)], u.metrics)
-            row = self._commit_learn(task, recipe, u, consumed, measured, len(gone) if not allow_forgotten else 0, time.perf_counter() - start)
+            row = self._commit_learn(
+                task,
+                recipe,
+                u,
+                consumed,
+                measured,
+                len(gone) if not allow_forgotten else 0,
+                time.perf_counter() - start,
+            )
         except BaseException as error:
             self._roll_back(error, label)
             if isinstance(error, NotFinite):
@@ -445,15 +494,26 @@ class Life:
             task.test.check()
         if "y" not in task.train.columns:
             raise BadInput(f"{task.train.source}: classification and regression need a column 'y'")
-        if isinstance(self.problem, Classification) and task.train["y"].dim() == 1 and task.train["y"].is_floating_point():
-            raise BadInput(f"{task.train.source}: y has type {task.train['y'].dtype}; classification needs integer labels (or use problem='regression')")
+        if (
+            isinstance(self.problem, Classification)
+            and task.train["y"].dim() == 1
+            and task.train["y"].is_floating_point()
+        ):
+            raise BadInput(
+                f"{task.train.source}: y has type {task.train['y'].dtype}; classification needs integer labels (or use problem='regression')"
+            )
         if not len(task.train):
             raise BadInput(f"task {task.id} has no training examples")
         fingerprint = task.fingerprint()
         for learned in self._learned:
             same = learned.about.get("source") == task.train.source
             shared = bool(task.train.ids & learned.ids)
-            if shared and learned.about.get("fingerprint") != fingerprint and (not same or task.train.positional) and self._differs(learned, task):
+            if (
+                shared
+                and learned.about.get("fingerprint") != fingerprint
+                and (not same or task.train.positional)
+                and self._differs(learned, task)
+            ):
                 raise DataChanged(
                     f"{task.train.source} uses ids that {learned.about['source']} used for other examples; give ids that are distinct over all "
                     "sources: Examples(..., ids=...)"
@@ -478,7 +538,13 @@ class Life:
                 u.resume_at = {**packed["position"], "load": lambda: _load_into(u, packed)}
 
         def checkpoint(u: Update, _source: Any, index: Any, count: int) -> None:
-            if snapshot_every and u.step and u.step % snapshot_every == 0 and not u._pending and not isinstance(index, list):
+            if (
+                snapshot_every
+                and u.step
+                and u.step % snapshot_every == 0
+                and not u._pending
+                and not isinstance(index, list)
+            ):
                 holders = {str(i): part.state_dict() for i, part in enumerate([u.owner, *u.parts])}
                 manifest = self._snapshots.save(
                     {"position": position(u, index, count), "weights": dict(u.model.state_dict()), "holders": holders}
@@ -503,7 +569,14 @@ class Life:
         )
 
     def _commit_learn(
-        self, task: Task, recipe: Recipe, u: Update, consumed: Consumed, measured: dict[str, Any], skipped: int, seconds: float
+        self,
+        task: Task,
+        recipe: Recipe,
+        u: Update,
+        consumed: Consumed,
+        measured: dict[str, Any],
+        skipped: int,
+        seconds: float,
     ) -> Row:
         manifest = self._snapshots.save(self._state.pack())
         entries = self._ledger.get_current("snapshots")
@@ -586,7 +659,17 @@ class Life:
         from remanence.life.forgetting import forget
 
         given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "schedule": schedule}
-        return forget(self, request, by=by, keep=keep, where=where, verify=verify, retain=retain, settings={k: v for k, v in given.items() if v is not None}, limit=limit)
+        return forget(
+            self,
+            request,
+            by=by,
+            keep=keep,
+            where=where,
+            verify=verify,
+            retain=retain,
+            settings={k: v for k, v in given.items() if v is not None},
+            limit=limit,
+        )
 
     def measure(self, tasks: Sequence[int] | None = None) -> dict[str, Any]:
         """Every metric on the life as it is now, and the held-out accuracy of each learned task (or of `tasks`, by id)."""
@@ -609,7 +692,9 @@ class Life:
         if task is not None:
             known = [learned.about["classes"] for learned in self._learned if learned.about["id"] == task]
             if not known:
-                raise BadInput(f"this life has learned tasks {sorted({item.about['id'] for item in self._learned})}, not {task}")
+                raise BadInput(
+                    f"this life has learned tasks {sorted({item.about['id'] for item in self._learned})}, not {task}"
+                )
             logits = logits.masked_fill(~torch.isin(labels, torch.tensor(known[0])), -torch.inf)
         return labels[logits.argmax(1)]
 
@@ -732,7 +817,9 @@ class Life:
         if not isinstance(error, KeyboardInterrupt | SystemExit):
             try:
                 with self._ledger.begin() as tx:
-                    tx.append("failed", {"label": label}, {"reason": f"{type(error).__name__}: {error}", "at": time.time()})
+                    tx.append(
+                        "failed", {"label": label}, {"reason": f"{type(error).__name__}: {error}", "at": time.time()}
+                    )
                 self._sweep()
             except RemanenceError:  # a full disk must not hide the error that matters
                 pass
@@ -753,10 +840,20 @@ class Life:
             history: list[Examples] = []
             for learned in self._learned:
                 if learned.task is None:
-                    raise Refused("retraining needs the data of every event; give it: Life.resume(home, model, data=...)")
+                    raise Refused(
+                        "retraining needs the data of every event; give it: Life.resume(home, model, data=...)"
+                    )
                 task = learned.retained(gone)
                 if task is not None:
-                    learn_event(state, task, learned.recipe, problem=self.problem, seed=seed, history=history, device=self.device)
+                    learn_event(
+                        state,
+                        task,
+                        learned.recipe,
+                        problem=self.problem,
+                        seed=seed,
+                        history=history,
+                        device=self.device,
+                    )
                     history.append(task.train)
             self._references[key] = state
         return self._references[key]
@@ -796,7 +893,11 @@ def versions() -> dict[str, Any]:
     """What equal bits depend on beside plan and data."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, Any] = {"python": platform.python_version(), "threads": torch.get_num_threads(), "machine": platform.machine()}
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
     found["cpu"] = torch.backends.cpu.get_cpu_capability()
     for package in ("remanence", "torch", "numpy"):
         try:
@@ -830,4 +931,3 @@ def _content(examples: Examples, ids: Ids) -> str:
 def _rounded(value: float) -> float:
     """Six digits: what a float32 mean is good for."""
     return float(f"{float(value):.6g}")
-

@@ -58,7 +58,9 @@ def _spec(value: Any) -> Any:
     if not isinstance(value, dict):
         raise _wrong(f"expected a name or {{name: {{knob: value}}}}, not {shown(value)}")
     if len(value) != 1:
-        raise _wrong(f"expected one name as {{name: {{knob: value}}}}, not {len(value)} ({shown(', '.join(value))}); indent the knobs under their name")
+        raise _wrong(
+            f"expected one name as {{name: {{knob: value}}}}, not {len(value)} ({shown(', '.join(value))}); indent the knobs under their name"
+        )
     name, knobs = next(iter(value.items()))
     if knobs is not None and not isinstance(knobs, dict):
         raise _wrong(f"the knobs of {shown(name)} are a mapping such as {{strength: 1.0}}, not {shown(knobs)}")
@@ -92,12 +94,18 @@ def _ids(value: Any) -> Ids:
         elif isinstance(item, int) and not isinstance(item, bool) and isinstance(value, list):
             first = last = item
         else:
-            raise _wrong(f"ids are a list of whole numbers and ranges such as [3, '10-20'] (both ends included), not {shown(item)}", index=index)
+            raise _wrong(
+                f"ids are a list of whole numbers and ranges such as [3, '10-20'] (both ends included), not {shown(item)}",
+                index=index,
+            )
         total += max(0, last - first + 1)
         if last < first:
             raise _wrong(f"the range {shown(item)} runs backwards; write the smaller number first", index=index)
         if total > MAX_IDS or not -(2**63) <= first <= last < 2**63 - 1:
-            raise _wrong(f"with {shown(item)} there are more than {MAX_IDS} ids; ask for classes or documents, or check the range", index=index)
+            raise _wrong(
+                f"with {shown(item)} there are more than {MAX_IDS} ids; ask for classes or documents, or check the range",
+                index=index,
+            )
         blocks.append(np.arange(first, last + 1, dtype=np.int64))
     return Ids(np.concatenate(blocks)) if blocks else Ids()
 
@@ -154,7 +162,9 @@ Name = Annotated[str, AfterValidator(_name)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
 
 
 class Train(_Part):
@@ -355,7 +365,11 @@ def _checked(document: Document, stem: str, allow_code: bool) -> Plan:
         raise problems.error() from None
     from remanence.life.plan_check import check
 
-    plan = plan if plan.name else plan.model_copy(update={"name": re.sub(r"[^\w.-]+", "-", stem).strip("-.")[:80] or "plan"})
+    plan = (
+        plan
+        if plan.name
+        else plan.model_copy(update={"name": re.sub(r"[^\w.-]+", "-", stem).strip("-.")[:80] or "plan"})
+    )
     plan._document, plan._allow_code = document, allow_code
     plan._canonical = check(plan, document, problems, allow_code)
     if problems.found:
@@ -379,7 +393,9 @@ class Problems:
     def error(self, most: int = 20) -> PlanError:
         """All of them, in the order of the lines."""
         ordered = sorted(self.found)
-        more = [f"{self.document.name}:{ordered[most][0]}: and {len(ordered) - most} more"] if len(ordered) > most else []
+        more = (
+            [f"{self.document.name}:{ordered[most][0]}: and {len(ordered) - most} more"] if len(ordered) > most else []
+        )
         return PlanError("\n".join([message for _, message in ordered[:most]] + more))
 
 
@@ -411,15 +427,27 @@ def _explain(entry: Any) -> tuple[Place, str, bool]:
     if kind == "plan":
         index = context.get("index")
         about = _dotted(place)
-        return (place if index is None else (*place, index)), f"{about}: {context['text']}" if about else context["text"], False
+        return (
+            (place if index is None else (*place, index)),
+            f"{about}: {context['text']}" if about else context["text"],
+            False,
+        )
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-        return place, f"{_dotted(place)} is one of {', '.join(choices)}, not {shown(value)}{nearest(str(value)[:99], choices)}", False
+        return (
+            place,
+            f"{_dotted(place)} is one of {', '.join(choices)}, not {shown(value)}{nearest(str(value)[:99], choices)}",
+            False,
+        )
     if kind in _EXPECTED:
         hint = ""
         if kind == "bool_type" and isinstance(value, str) and value.lower() in ("yes", "on", "y", "no", "off", "n"):
             hint = f"; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
-        elif kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value):
+        elif (
+            kind in ("int_type", "float_type")
+            and isinstance(value, str)
+            and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value)
+        ):
             hint = f"; write {value[:20]} without quotes"
         elif kind == "list_type" and not isinstance(value, dict):
             hint = f"; write [{value}]" if isinstance(value, int) else "; write [...]"
@@ -475,14 +503,18 @@ def _function(part: str, name: str, allow_code: bool) -> Callable[..., Any]:
     if ":" not in name:
         raise BadInput(f"no {part} is called {shown(name)}{nearest(name[:99], known)} (there is {', '.join(known)})")
     if not allow_code:
-        raise BadInput(f"{part} {shown(name)} is code, and a plan may not run code by itself; if you trust it, say --allow-code")
+        raise BadInput(
+            f"{part} {shown(name)} is code, and a plan may not run code by itself; if you trust it, say --allow-code"
+        )
     if not _CODE.fullmatch(name):
         raise BadInput(f"{part} {shown(name)} must be module:function, such as my_package.nets:small")
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # the user's module may raise anything while it is imported
-        raise BadInput(f"{part} {shown(name)} cannot be imported ({type(error).__name__}: {error}); check the name and PYTHONPATH") from None
+        raise BadInput(
+            f"{part} {shown(name)} cannot be imported ({type(error).__name__}: {error}); check the name and PYTHONPATH"
+        ) from None
     if not callable(found):
         raise BadInput(f"{part} {shown(name)} is no function")
     made: Callable[..., Any] = found

@@ -23,7 +23,13 @@ from remanence.train.roles import Forgetter, Keeper, Learner, Method, Metric, Wh
 from remanence.train.schedules import SCHEDULES
 from remanence.train.settings import Settings
 
-_ROLES: dict[str, type[Method]] = {"learn": Learner, "keep": Keeper, "where": Where, "forget": Forgetter, "measure": Metric}
+_ROLES: dict[str, type[Method]] = {
+    "learn": Learner,
+    "keep": Keeper,
+    "where": Where,
+    "forget": Forgetter,
+    "measure": Metric,
+}
 #: Given by the life, so they are no knobs of a plan's model.
 _OURS = ("inputs", "seed")
 _NO_DEFAULT = inspect.Parameter.empty
@@ -53,7 +59,12 @@ class _Check:
             "learner": self.method("learn", ("learner",), plan.learner or {"finetune": {}})[0],
             "keep": self.methods("keep", ("keep",), plan.keep),
             "where": self.methods("where", ("where",), plan.where),
-            "train": {**_defaults(Settings), "optimizer": {"adamw": {}}, "schedule": self.schedule("constant", {}), **train},
+            "train": {
+                **_defaults(Settings),
+                "optimizer": {"adamw": {}},
+                "schedule": self.schedule("constant", {}),
+                **train,
+            },
             "events": self.events(count),
             "measure": self.methods("measure", ("measure",), plan.measure),
             "device": plan.device,
@@ -65,7 +76,11 @@ class _Check:
     def events(self, count: int | None) -> list[dict[str, Any]]:
         learned, found = False, []
         if not any(event.kind == "learn" for event in self.given.events):
-            self.problems.add(("events",), "there is no learn event; a life learns at least once, such as events: [{learn: 0}]", key=True)
+            self.problems.add(
+                ("events",),
+                "there is no learn event; a life learns at least once, such as events: [{learn: 0}]",
+                key=True,
+            )
         for number, event in enumerate(self.given.events):
             place: Place = ("events", number, event.kind)
             if event.learn is not None:
@@ -74,12 +89,19 @@ class _Check:
             elif event.forget is not None:
                 found.append({"forget": self.forget(place, event.forget)})
                 if not learned and any(other.kind == "learn" for other in self.given.events):
-                    self.problems.add(place, "nothing has been learned before this forget event; put a learn event before it", key=True)
+                    self.problems.add(
+                        place,
+                        "nothing has been learned before this forget event; put a learn event before it",
+                        key=True,
+                    )
         return found
 
     def learn(self, place: Place, event: Learn, count: int | None) -> dict[str, Any]:
         if count is not None and event.task >= count:
-            self.problems.add((*place, "task"), f"the stream has tasks 0 to {count - 1}, not {event.task}; learn one of them, or cut it into more tasks")
+            self.problems.add(
+                (*place, "task"),
+                f"the stream has tasks 0 to {count - 1}, not {event.task}; learn one of them, or cut it into more tasks",
+            )
         self.settings(place, event.given())
         plain = self.given.settings(event)
         for name in ("optimizer", "schedule"):
@@ -149,7 +171,9 @@ class _Check:
             self.problems.add(place, f"{shown(str(error), 200)[1:-1]}{hint}")
             return spec, None
         except Exception as error:  # an extra that is not installed, or a third party's module that fails
-            self.problems.add(place, f"{verb} {slug} cannot be loaded ({type(error).__name__}: {error}); install what it needs")
+            self.problems.add(
+                place, f"{verb} {slug} cannot be loaded ({type(error).__name__}: {error}); install what it needs"
+            )
             return spec, None
         if not issubclass(cls, _ROLES[verb]):
             self.problems.add(place, f"{verb} {slug} is no {_ROLES[verb].__name__.lower()} and cannot stand here")
@@ -164,7 +188,9 @@ class _Check:
         unknown = [knob for knob in given if knob not in valid]
         for knob in unknown:
             has = f"its knobs are {', '.join(valid)}" if valid else "it has no knobs"
-            self.problems.add((*place, knob), f"{name} has no knob {shown(knob)}{nearest(knob[:99], valid)} ({has})", key=True)
+            self.problems.add(
+                (*place, knob), f"{name} has no knob {shown(knob)}{nearest(knob[:99], valid)} ({has})", key=True
+            )
         return not unknown
 
     def _said(self, place: Place, spec: Spec, make: Any) -> Any:
@@ -177,7 +203,9 @@ class _Check:
         except Exception as error:  # constructors, torch's among them, raise anything for odd values
             message = f"{name} cannot be built with these knobs ({type(error).__name__}: {shown(str(error), 200)[1:-1]}); check their values"
         named = [knob for knob in knobs if re.search(rf"\b{re.escape(knob)}=|'{re.escape(knob)}'", message)]
-        self.problems.add((*place, name, named[0]) if named else place, shown(message, 300)[1:-1] if len(message) > 300 else message)
+        self.problems.add(
+            (*place, name, named[0]) if named else place, shown(message, 300)[1:-1] if len(message) > 300 else message
+        )
         return None
 
     # -- settings, problem
@@ -211,7 +239,10 @@ class _Check:
     def problem(self, spec: Spec) -> Spec:
         ((slug, knobs),) = spec.items()
         if slug not in PROBLEMS:
-            self.problems.add(("problem",), f"no problem is called {shown(slug)}{nearest(slug[:99], PROBLEMS)} (there is {', '.join(PROBLEMS)})")
+            self.problems.add(
+                ("problem",),
+                f"no problem is called {shown(slug)}{nearest(slug[:99], PROBLEMS)} (there is {', '.join(PROBLEMS)})",
+            )
             return spec
         made = self._said(("problem",), spec, lambda: problem_of(spec))
         cls = type(made)
@@ -232,9 +263,17 @@ class _Check:
         except (TypeError, ValueError):  # a callable without a readable signature: nothing can be checked
             return spec
         ours = _OURS if part == "model" else ()
-        parameters = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ours]
+        parameters = [
+            p
+            for p in signature.parameters.values()
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in ours
+        ]
         for knob in (knob for knob in ours if knob in knobs):
-            self.problems.add((*place, name, knob), f"{knob} is no knob of a plan's model; the life gives it from the stream and the plan's seed", key=True)
+            self.problems.add(
+                (*place, name, knob),
+                f"{knob} is no knob of a plan's model; the life gives it from the stream and the plan's seed",
+                key=True,
+            )
             return spec
         anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
         if not anything and not self.knobs((*place, name), name, knobs, [p.name for p in parameters]):
@@ -260,7 +299,12 @@ class _Check:
         fits = True
         try:
             hints = typing.get_type_hints(function)
-        except (NameError, TypeError, AttributeError, SyntaxError):  # annotations of the user's code that cannot be resolved
+        except (
+            NameError,
+            TypeError,
+            AttributeError,
+            SyntaxError,
+        ):  # annotations of the user's code that cannot be resolved
             return True
         for knob, value in knobs.items():
             if knob not in hints:
@@ -274,7 +318,9 @@ class _Check:
                 adapter.validate_json(json.dumps(value), strict=True)
             except ValidationError:
                 expected = inspect.formatannotation(hints[knob]).replace("collections.abc.", "").replace("typing.", "")
-                self.problems.add((*place, knob), f"{name}: {knob}={shown(value)} has the wrong type; expected {expected}")
+                self.problems.add(
+                    (*place, knob), f"{name}: {knob}={shown(value)} has the wrong type; expected {expected}"
+                )
                 fits = False
         return fits
 
@@ -286,7 +332,9 @@ class _Check:
         if isinstance(value, bool) or not isinstance(value, int):
             return None
         if value < 1:
-            self.problems.add(("stream", next(iter(self.given.stream)), "tasks"), f"tasks={value}: a stream has at least 1 task")
+            self.problems.add(
+                ("stream", next(iter(self.given.stream)), "tasks"), f"tasks={value}: a stream has at least 1 task"
+            )
             return None
         return value
 

@@ -57,13 +57,27 @@ def _charts(report: ReportData, columns: charts.Columns) -> list[tuple[str, str,
         return []
     found = [("Events", "", charts.timeline(columns))]
     if report["tasks"]:
-        found.append(("Accuracy of each task", "on held-out data, after each event", charts.accuracy(columns, report["tasks"], report["matrix"])))
-        found.append(("The same in numbers", f"per cent; a row is a task; shaded from {words.percent(charts.floor(report['matrix']))} to 100 %", charts.heat(columns, report["tasks"], report["matrix"])))
+        found.append(
+            (
+                "Accuracy of each task",
+                "on held-out data, after each event",
+                charts.accuracy(columns, report["tasks"], report["matrix"]),
+            )
+        )
+        found.append(
+            (
+                "The same in numbers",
+                f"per cent; a row is a task; shaded from {words.percent(charts.floor(report['matrix']))} to 100 %",
+                charts.heat(columns, report["tasks"], report["matrix"]),
+            )
+        )
     if any(value is not None for item in report["forgotten"] for value in item["series"]):
         note = "held-out examples of it, after each event since; it should stay down"
         found.append(("Accuracy on what was forgotten", note, charts.forgotten(columns, report["forgotten"])))
     if any(any(holder["over_time"]) for holder in report["holders"]):
-        found.append(("What the memory costs", "bytes by holder after each event", charts.holdings(columns, report["holders"])))
+        found.append(
+            ("What the memory costs", "bytes by holder after each event", charts.holdings(columns, report["holders"]))
+        )
     return found
 
 
@@ -89,15 +103,27 @@ def _learned(report: ReportData) -> list[dict[str, Any]]:
         line = [row[j] for row in report["matrix"]]
         given = [value for value in line if value is not None]
         now = line[-1] if line else None
-        found.append({"name": words.task_name(task["names"], task["id"]), "id": task["id"], "now": now, "first": given[0] if given else None})
+        found.append(
+            {
+                "name": words.task_name(task["names"], task["id"]),
+                "id": task["id"],
+                "now": now,
+                "first": given[0] if given else None,
+            }
+        )
     return found
 
 
 def _receipt(receipt: ReceiptData, index: int) -> dict[str, Any]:
     """A receipt with what its part of the page needs: merged holder rows, pictures, sentences."""
     before = {row["holder"]: row["n"] for row in receipt["held"]}
-    rows = [{"holder": d["holder"], "n": before.pop(d["holder"], None), "action": d["action"], "state": d["state"]} for d in receipt["done"]]
-    rows += [{"holder": holder, "n": n, "action": "no later state was recorded", "state": ""} for holder, n in before.items()]
+    rows = [
+        {"holder": d["holder"], "n": before.pop(d["holder"], None), "action": d["action"], "state": d["state"]}
+        for d in receipt["done"]
+    ]
+    rows += [
+        {"holder": holder, "n": n, "action": "no later state was recorded", "state": ""} for holder, n in before.items()
+    ]
     rows.sort(key=lambda row: words.rank(str(row["state"])))
     states = [str(row["state"]) for row in rows]
     return {
@@ -141,10 +167,20 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=words.percent, number=words.number, size=words.size, duration=words.duration, listed=words.listed, asked=words.asked, capital=_capital
+        percent=words.percent,
+        number=words.number,
+        size=words.size,
+        duration=words.duration,
+        listed=words.listed,
+        asked=words.asked,
+        capital=_capital,
     )
     environment.globals.update(
-        icon=charts.state_icon, counted=words.count, meaning=words.MEANING, status_glyphs=words.STATUS_GLYPHS, marker=charts.marker
+        icon=charts.state_icon,
+        counted=words.count,
+        meaning=words.MEANING,
+        status_glyphs=words.STATUS_GLYPHS,
+        marker=charts.marker,
     )
     return environment.get_template("report.html.j2")
 

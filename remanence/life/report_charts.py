@@ -92,7 +92,9 @@ class Columns:
         for i, event in enumerate(self.events):
             if event["kind"] == "forget":
                 x = self.x(i)
-                found.append(el("rect", x=x - self.column / 2, y=top, width=self.column, height=bottom - top, class_="band"))
+                found.append(
+                    el("rect", x=x - self.column / 2, y=top, width=self.column, height=bottom - top, class_="band")
+                )
                 found += [el("line", x1=x, x2=x, y1=top, y2=bottom, class_="cut")] if line else []
         return found
 
@@ -124,9 +126,14 @@ def timeline(columns: Columns) -> Markup:
         words.append(el("text", _short(event["by"], letters), x=x, y=y + 1, class_="axis mid"))
         if event["status"] != "done":
             glyph = STATUS_GLYPHS.get(event["status"], "?")
-            words.append(el("text", _short(f"{glyph} {event['status']}", letters + 2), x=x, y=y + 18, class_="label mid warn"))
+            words.append(
+                el("text", _short(f"{glyph} {event['status']}", letters + 2), x=x, y=y + 18, class_="label mid warn")
+            )
         found += words
-    key = (el("text", "learn +", x=0, y=line - 3, class_="axis"), el("text", f"forget {MINUS}", x=0, y=line + 13, class_="axis"))
+    key = (
+        el("text", "learn +", x=0, y=line - 3, class_="axis"),
+        el("text", f"forget {MINUS}", x=0, y=line + 13, class_="axis"),
+    )
     told = "; ".join(f"{event['seq']}: {event['label']} by {event['by']}, {event['status']}" for event in events)
     return svg("timeline", columns.width, 114, "Timeline of events", told or "No events.", *key, *found)
 
@@ -139,7 +146,16 @@ def accuracy(columns: Columns, tasks: Sequence[TaskData], matrix: Sequence[Serie
     last = [next((v for v in reversed(line) if v is not None), None) for line in series]
     told = "; ".join(f"{name}: {percent(value)} at the end" for name, value in zip(names, last, strict=True))
     desc = f"{told}. The axis runs from {percent(low)} to 100 %." if told else "No tasks."
-    return _curves("accuracy", columns, names, series, low, max(210.0, 17.0 * len(names) + 60), "Accuracy of each task after each event", desc)
+    return _curves(
+        "accuracy",
+        columns,
+        names,
+        series,
+        low,
+        max(210.0, 17.0 * len(names) + 60),
+        "Accuracy of each task after each event",
+        desc,
+    )
 
 
 def forgotten(columns: Columns, items: Sequence[ForgottenData]) -> Markup:
@@ -151,12 +167,22 @@ def forgotten(columns: Columns, items: Sequence[ForgottenData]) -> Markup:
         line = [*[None] * len(columns.events), *item["series"]][-len(columns.events) :] if columns.events else []
         series.append(line)
     told = "; ".join(
-        f"{name}: {', '.join(percent(v) for v in line if v is not None)}" for name, line in zip(names, series, strict=True)
+        f"{name}: {', '.join(percent(v) for v in line if v is not None)}"
+        for name, line in zip(names, series, strict=True)
     )
     return _curves("forgotten", columns, names, series, 0.0, 120.0, "Held-out accuracy on what was forgotten", told)
 
 
-def _curves(key: str, columns: Columns, names: list[str], series: list[list[float | None]], low: float, height: float, title: str, desc: str) -> Markup:
+def _curves(
+    key: str,
+    columns: Columns,
+    names: list[str],
+    series: list[list[float | None]],
+    low: float,
+    height: float,
+    title: str,
+    desc: str,
+) -> Markup:
     top, bottom = 10.0, height - 24
     step = 0.1 if low >= 0.5 else 0.25 if low == 0 else 0.2
     ticks = [low + step * k for k in range(int(round((1 - low) / step, 6)) + 1)]
@@ -182,13 +208,19 @@ def _curves(key: str, columns: Columns, names: list[str], series: list[list[floa
                 found.append(el("g", tip, marker(j, *point)))
         if given := [point for point in points if point is not None]:
             ends.append((*given[-1], j))
-    for (x, at, j), free in zip(sorted(ends, key=lambda e: e[1]), _apart([e[1] for e in sorted(ends, key=lambda e: e[1])], 16, top, bottom), strict=True):
+    for (x, at, j), free in zip(
+        sorted(ends, key=lambda e: e[1]),
+        _apart([e[1] for e in sorted(ends, key=lambda e: e[1])], 16, top, bottom),
+        strict=True,
+    ):
         value = next(v for v in reversed(series[j]) if v is not None)
         start = columns.end + 6
         found.append(el("path", d=f"M{x + 7:.1f} {at:.1f}L{start:.1f} {free:.1f}", class_=f"lead c{j % _COLOURS}"))
         found.append(marker(j, start + 7, free))
         label = el("tspan", _short(names[j], 10), class_="strong")
-        found.append(el("text", label, f"  {100 * value:.1f}", x=start + 18, y=free + 4, class_="label", xml__space=None))
+        found.append(
+            el("text", label, f"  {100 * value:.1f}", x=start + 18, y=free + 4, class_="label", xml__space=None)
+        )
     return svg(key, columns.width, height, title, desc, *found, *columns.numbers(height - 6))
 
 
@@ -205,18 +237,52 @@ def heat(columns: Columns, tasks: Sequence[TaskData], matrix: Sequence[Series]) 
     found: list[Markup] = []
     for j, task in enumerate(tasks):
         y = top + row * j
-        found.append(el("text", _short(task_name(task["names"], task["id"]), 10), x=_LEFT - 10, y=y + row / 2 + 4, class_="label end"))
+        found.append(
+            el(
+                "text",
+                _short(task_name(task["names"], task["id"]), 10),
+                x=_LEFT - 10,
+                y=y + row / 2 + 4,
+                class_="label end",
+            )
+        )
         for i in range(len(columns.events)):
             value, x = matrix[i][j], columns.x(i)
             if value is None:
                 found.append(el("circle", cx=x, cy=y + row / 2, r=1.5, class_="none"))
                 continue
             depth = 0.06 + 0.88 * (min(max(value, low), 1.0) - low) / (1 - low)
-            cell = el("rect", x=x - columns.column / 2 + 1, y=y + 1, width=columns.column - 2, height=row - 2, rx=3, class_="heat", fill_opacity=f"{depth:.2f}")
-            found += [cell, el("text", f"{100 * value:.1f}", x=x, y=y + row / 2 + 4, class_="label mid " + ("over" if depth > 0.74 else ""))]
+            cell = el(
+                "rect",
+                x=x - columns.column / 2 + 1,
+                y=y + 1,
+                width=columns.column - 2,
+                height=row - 2,
+                rx=3,
+                class_="heat",
+                fill_opacity=f"{depth:.2f}",
+            )
+            found += [
+                cell,
+                el(
+                    "text",
+                    f"{100 * value:.1f}",
+                    x=x,
+                    y=y + row / 2 + 4,
+                    class_="label mid " + ("over" if depth > 0.74 else ""),
+                ),
+            ]
     title = "Accuracy matrix: tasks by events, in per cent"
     names = ", ".join(task_name(task["names"], task["id"]) for task in tasks)
-    return svg("matrix", columns.width, height, title, f"Rows: {names}. Columns: events in order.", *found, *columns.numbers(height - 6))
+    return svg(
+        "matrix",
+        columns.width,
+        height,
+        title,
+        f"Rows: {names}. Columns: events in order.",
+        *found,
+        *columns.numbers(height - 6),
+    )
 
 
 def holdings(columns: Columns, holders: Sequence[HolderData]) -> Markup:
@@ -241,7 +307,17 @@ def holdings(columns: Columns, holders: Sequence[HolderData]) -> Markup:
             if amount > 0:
                 tip = el("title", f"{drawn[j][0]}: {size(amount)} after event {columns.events[i]['seq']}")
                 # a hair of paper between two parts, so that they are told apart without colour
-                found.append(el("rect", tip, x=columns.x(i) - wide / 2, y=base - tall, width=wide, height=max(tall - 0.8, 0.8), class_=f"part c{j}"))
+                found.append(
+                    el(
+                        "rect",
+                        tip,
+                        x=columns.x(i) - wide / 2,
+                        y=base - tall,
+                        width=wide,
+                        height=max(tall - 0.8, 0.8),
+                        class_=f"part c{j}",
+                    )
+                )
                 if i == n - 1:
                     ends.append((base - tall / 2, j))
             base -= tall
@@ -255,12 +331,26 @@ def holdings(columns: Columns, holders: Sequence[HolderData]) -> Markup:
         found.append(el("rect", x=start + 3, y=free - 4, width=8, height=8, class_=f"part c{j}"))
         found.append(el("text", _short(drawn[j][0], 15), x=start + 18, y=free + 4, class_="label"))
     told = "; ".join(f"{name}: {size(line[-1])} at the end" for name, line in drawn)
-    return svg("holdings", columns.width, 170, "Bytes of each holder after each event", told or "No sizes.", *found, *columns.numbers(164))
+    return svg(
+        "holdings",
+        columns.width,
+        170,
+        "Bytes of each holder after each event",
+        told or "No sizes.",
+        *found,
+        *columns.numbers(164),
+    )
 
 
 def evidence(key: str, cell: CellData) -> Markup | None:
     """Where a figure lies after the method, with nothing done, and for the references with the interval of their mean."""
-    after, nothing, mean, half, sd = cell["after"], cell["nothing"], cell["reference_mean"], cell["ci95"], cell["reference_sd"]
+    after, nothing, mean, half, sd = (
+        cell["after"],
+        cell["nothing"],
+        cell["reference_mean"],
+        cell["ci95"],
+        cell["reference_sd"],
+    )
     reach = max(half or 0.0, sd or 0.0)
     values = [v for v in (after, nothing, mean) if v is not None]
     if not values:
@@ -275,7 +365,16 @@ def evidence(key: str, cell: CellData) -> Markup | None:
     found = [el("line", x1=left, x2=right, y1=line, y2=line, class_="rule")]
     if mean is not None:
         if half:
-            found.append(el("rect", x=x(mean - half), y=line - 6, width=max(x(mean + half) - x(mean - half), 1.5), height=12, class_="span"))
+            found.append(
+                el(
+                    "rect",
+                    x=x(mean - half),
+                    y=line - 6,
+                    width=max(x(mean + half) - x(mean - half), 1.5),
+                    height=12,
+                    class_="span",
+                )
+            )
         if sd:
             found.append(el("line", x1=x(mean - sd), x2=x(mean + sd), y1=line, y2=line, class_="spread"))
         found.append(el("line", x1=x(mean), x2=x(mean), y1=line - 8, y2=line + 8, class_="mean"))
@@ -287,7 +386,9 @@ def evidence(key: str, cell: CellData) -> Markup | None:
     found.append(el("text", number(high, 2), x=right, y=36, class_="axis end"))
     told = f"After: {number(after)}; doing nothing: {number(nothing)}; retrained: {number(mean)}"
     told += f" ± {number(half)}." if half is not None else ", spread unknown." if cell["n"] == 1 else "."
-    return svg(key, 260, 40, cell["metric"], f"{told} Axis from {number(low, 2)} to {number(high, 2)}.", *found, scales=False)
+    return svg(
+        key, 260, 40, cell["metric"], f"{told} Axis from {number(low, 2)} to {number(high, 2)}.", *found, scales=False
+    )
 
 
 def _scale(low: float, high: float, words: str) -> tuple[float, float]:

@@ -247,7 +247,9 @@ def complete(data: Mapping[str, Any]) -> ReportData:
         for name, figure in report["summary"].items()
     }
     report["forgotten"] = [_filled(item, {"event": 0, "label": "", "series": []}) for item in report["forgotten"]]
-    report["holders"] = [_filled(item, {"name": "", "kind": "", "bytes": 0, "over_time": []}) for item in report["holders"]]
+    report["holders"] = [
+        _filled(item, {"name": "", "kind": "", "bytes": 0, "over_time": []}) for item in report["holders"]
+    ]
     trace = {"request": "", "holder": "", "n": 0, "state": "", "reason": "", "inputs": []}
     report["trace"] = [_filled(item, trace) for item in report["trace"]]
     report["receipts"] = [_filled(item, _RECEIPT) for item in report["receipts"]]

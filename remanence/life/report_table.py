@@ -43,7 +43,9 @@ def render_table(data: Mapping[str, Any]) -> RenderableType:
     """
     report = complete(data)
     stand = standings(report)
-    parts: list[RenderableType] = [Text(" ".join([report["name"], *([f"({report['state']})"] if report["state"] else [])]).strip(), style="bold")]
+    parts: list[RenderableType] = [
+        Text(" ".join([report["name"], *([f"({report['state']})"] if report["state"] else [])]).strip(), style="bold")
+    ]
     parts += [Text(sentence) for sentence in lead(report, stand)]
     if report["events"]:
         parts += [Text(), _events(report)]
@@ -54,7 +56,13 @@ def render_table(data: Mapping[str, Any]) -> RenderableType:
     if stand:
         parts += [Text(), _trace(stand)]
     if report["drift"]:
-        parts += [Text(), Text(f"Not exact: continued although something had changed ({'; '.join(map(str, report['drift']))}).", style="red")]
+        parts += [
+            Text(),
+            Text(
+                f"Not exact: continued although something had changed ({'; '.join(map(str, report['drift']))}).",
+                style="red",
+            ),
+        ]
     return Group(*parts)
 
 
@@ -68,14 +76,32 @@ def _table(*columns: tuple[str, bool]) -> Table:
 
 def _events(report: ReportData) -> Table:
     names = [task_name(task["names"], task["id"]) for task in report["tasks"]]
-    table = _table(("#", True), ("event", False), ("by", False), *[(name, True) for name in names], ("time", True), ("memory", True), ("", False))
+    table = _table(
+        ("#", True),
+        ("event", False),
+        ("by", False),
+        *[(name, True) for name in names],
+        ("time", True),
+        ("memory", True),
+        ("", False),
+    )
     for i, (event, row) in enumerate(zip(report["events"], report["matrix"], strict=True)):
         held = [holder["over_time"][i] for holder in report["holders"] if i < len(holder["over_time"])]
-        cells = [Text("·" if value is None else f"{100 * value:.1f}", style="dim" if value is None else "") for value in row]
+        cells = [
+            Text("·" if value is None else f"{100 * value:.1f}", style="dim" if value is None else "") for value in row
+        ]
         status = event["status"]
         said = Text(f"{STATUS_GLYPHS.get(status, '?')} {status}", style="" if status == "done" else "bold yellow")
         label = Text(event["label"], style="bold" if event["kind"] == "forget" else "")
-        table.add_row(Text(str(event["seq"])), label, Text(event["by"]), *cells, Text(duration(event["seconds"])), Text(size(sum(held)) if held else DASH), said)
+        table.add_row(
+            Text(str(event["seq"])),
+            label,
+            Text(event["by"]),
+            *cells,
+            Text(duration(event["seconds"])),
+            Text(size(sum(held)) if held else DASH),
+            said,
+        )
     return table
 
 
@@ -83,7 +109,11 @@ def _summary(report: ReportData) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for key, figure in report["summary"].items():
         name = SUMMARY_NAMES.get(key, key.replace("_", " "))
-        table.add_row(Text(name), Text(percent(figure["value"], key in SIGNED), justify="right"), Text(figure["convention"], style="dim"))
+        table.add_row(
+            Text(name),
+            Text(percent(figure["value"], key in SIGNED), justify="right"),
+            Text(figure["convention"], style="dim"),
+        )
     return table
 
 
@@ -102,12 +132,20 @@ def _receipt(receipt: ReceiptData) -> Group:
         where = list(dict.fromkeys(row["holder"] for row in receipt["done"] if row["state"] == state))
         lines.append(Text.assemble("  then, at worst: ", _state(state), f" in {listed(where)}"))
     if receipt["evidence"]:
-        table = _table(("  figure", False), ("after", True), ("do nothing", True), ("retrained", True), ("reading", False))
+        table = _table(
+            ("  figure", False), ("after", True), ("do nothing", True), ("retrained", True), ("reading", False)
+        )
         for cell in receipt["evidence"]:
             mean = number(cell["reference_mean"])
             if cell["ci95"] is not None:
                 mean += f" ± {number(cell['ci95'])}"
-            row = (f"  {cell['metric']}", number(cell["after"]), number(cell["nothing"]), f"{mean} (n={cell['n']})", cell["verdict"])
+            row = (
+                f"  {cell['metric']}",
+                number(cell["after"]),
+                number(cell["nothing"]),
+                f"{mean} (n={cell['n']})",
+                cell["verdict"],
+            )
             table.add_row(*[Text(word) for word in row])
         lines.append(table)
     if receipt["earned"]:
@@ -125,11 +163,25 @@ def _trace(stand: Sequence[Standing]) -> Table:
         name = asked(item.event["label"])
         for k, row in enumerate(item.rows):
             why = row["reason"] + (f" (from {listed(row['inputs'])})" if row["inputs"] else "")
-            table.add_row(Text(name if k == 0 else "", style="bold"), _state(row["state"]), Text(row["holder"]), Text(number(row["n"])), Text(why))
+            table.add_row(
+                Text(name if k == 0 else "", style="bold"),
+                _state(row["state"]),
+                Text(row["holder"]),
+                Text(number(row["n"])),
+                Text(why),
+            )
         if not item.rows:
-            table.add_row(Text(name, style="bold"), Text(item.event["status"] or "not traced"), Text(DASH), Text(DASH), Text(item.words))
+            table.add_row(
+                Text(name, style="bold"),
+                Text(item.event["status"] or "not traced"),
+                Text(DASH),
+                Text(DASH),
+                Text(item.words),
+            )
     return table
 
 
 def _state(state: str) -> Text:
-    return Text(f"{GLYPHS.get(state, '?')} {state or 'not recorded'}", style=_STYLES[state] if state in MEANING else "bold")
+    return Text(
+        f"{GLYPHS.get(state, '?')} {state or 'not recorded'}", style=_STYLES[state] if state in MEANING else "bold"
+    )

@@ -11,7 +11,14 @@ from remanence.life.report_schema import EventData, ReceiptData, ReportData, Tra
 DASH, MINUS = "\u2013", "\u2212"
 #: A glyph beside each word, so that no state is told by colour alone: the fuller the disc, the more is left.
 GLYPHS = {"holds": "●", "suppressed": "◉", "unlearned": "◔", "deleted": "○"}
-STATUS_GLYPHS = {"done": "✓", "partial": "◐", "failed": "✕", "refused": "⊘", "nothing held": "\u2013", "in progress": "…"}
+STATUS_GLYPHS = {
+    "done": "✓",
+    "partial": "◐",
+    "failed": "✕",
+    "refused": "⊘",
+    "nothing held": "\u2013",
+    "in progress": "…",
+}
 MEANING = {
     "holds": "it contains the examples or a value computed from them, or was computed by weights that hold them",
     "suppressed": "the weights still hold them; a guard hides them",
@@ -76,12 +83,12 @@ def duration(seconds: float | None) -> str:
 
 
 def count(n: int, word: str, many: str | None = None) -> str:
-    """"1 event", "7 events"."""
+    """ "1 event", "7 events"."""
     return f"{number(n)} {word if n == 1 else many or word + 's'}"
 
 
 def listed(words: Sequence[str], limit: int = 4) -> str:
-    """"a, b and c"; after `limit` words the rest is counted."""
+    """ "a, b and c"; after `limit` words the rest is counted."""
     shown = list(words)
     if len(shown) > limit:
         shown = [*shown[: limit - 1], f"{len(shown) - limit + 1} more"]
@@ -167,7 +174,11 @@ def _words(status: str, rows: Sequence[TraceData], state: str | None) -> str:
     other = len({row["holder"] for row in rows} - {row["holder"] for row in rows if row["state"] == state})
     said = f"{state[:1].upper()}{state[1:]} in" if state else "In"
     if not other:
-        return f"{said} {where}." if len({row["holder"] for row in rows}) == 1 else f"{said} every holder that had it: {where}."
+        return (
+            f"{said} {where}."
+            if len({row["holder"] for row in rows}) == 1
+            else f"{said} every holder that had it: {where}."
+        )
     better = listed(sorted({row["state"] for row in rows if row["state"] != state}, key=rank))
     return f"{said} {where}; {better} in {count(other, 'other holder')}."
 

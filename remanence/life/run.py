@@ -70,7 +70,9 @@ def run_plan(
     if (folder / "ledger.db").exists():
         kept = folder / "plan.yaml"
         if not kept.exists() or kept.read_text() != plan.source:
-            raise Refused(f"{folder} holds another life; choose another --home, or delete it first (remanence delete {folder})")
+            raise Refused(
+                f"{folder} holds another life; choose another --home, or delete it first (remanence delete {folder})"
+            )
         life = Life.resume(folder, progress=progress)
     else:
         if plan.threads is not None:
@@ -98,7 +100,11 @@ def continue_plan(life: Life, after: Callable[[Life], None] | None = None) -> No
     """Live the events of the life's plan that have not happened yet; `after` is called after each, then the report is written."""
     plan = load_plan(life.home / "plan.yaml")
     stream = build_stream(plan)
-    train = {k: v for k, v in dict(plan.train).items() if v is not None} if not hasattr(plan.train, "model_dump") else plan.train.model_dump(exclude_none=True)
+    train = (
+        {k: v for k, v in dict(plan.train).items() if v is not None}
+        if not hasattr(plan.train, "model_dump")
+        else plan.train.model_dump(exclude_none=True)
+    )
     for event in plan.events[len(life.events) :]:
         options = event.options()
         if event.kind == "learn":

@@ -90,13 +90,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         name for name, value in own.items() if value.shape != weights[name].shape or value.dtype != weights[name].dtype
     ]
     if wrong:
-        raise Corrupt(f"the saved weights do not fit the network ({len(wrong)} differences, the first is {wrong[0]!r}); is it the same model?")
+        raise Corrupt(
+            f"the saved weights do not fit the network ({len(wrong)} differences, the first is {wrong[0]!r}); is it the same model?"
+        )
     model.load_state_dict(dict(weights))
 
 
 def state_bytes(state: State) -> dict[str, int]:
     """Bytes of each in-life holder."""
-    return {"weights": module_bytes(state.model), **{name: method.bytes() for name, method in state.holders().items() if method.bytes()}}
+    return {
+        "weights": module_bytes(state.model),
+        **{name: method.bytes() for name, method in state.holders().items() if method.bytes()},
+    }
 
 
 Fresh = Callable[[int | None], State]

@@ -89,13 +89,24 @@ def _figures(rows: list[Row], columns: list[int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, function, convention in (
         ("average_accuracy", figures.average_accuracy, "mean over tasks after the last learn event"),
-        ("average_incremental_accuracy", figures.average_incremental_accuracy, "mean over learn events of the mean over tasks seen"),
+        (
+            "average_incremental_accuracy",
+            figures.average_incremental_accuracy,
+            "mean over learn events of the mean over tasks seen",
+        ),
         ("forgetting", figures.forgetting, "Chaudhry 2018: best earlier accuracy minus the last, mean over old tasks"),
-        ("backward_transfer", figures.backward_transfer, "Lopez-Paz 2017: last accuracy minus that right after learning, mean over old tasks"),
+        (
+            "backward_transfer",
+            figures.backward_transfer,
+            "Lopez-Paz 2017: last accuracy minus that right after learning, mean over old tasks",
+        ),
     ):
         value = float(function(table)) if table else math.nan
         found[name] = {"value": value if math.isfinite(value) else None, "convention": convention}
-    found["forward_transfer"] = {"value": None, "convention": "not measured: tasks are not tested before they are learned"}
+    found["forward_transfer"] = {
+        "value": None,
+        "convention": "not measured: tasks are not tested before they are learned",
+    }
     return found
 
 

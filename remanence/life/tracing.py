@@ -61,12 +61,28 @@ def _snapshots(life: Life, ids: Ids) -> list[Trace]:
             if item["row"].body["event"] <= entry["event"]:
                 apply_row(books, item["row"], life._ids)
         for found, state, why in books.weights(ids):
-            rows.append(Trace(f"snapshots/{entry['event']}", found, state, ("weights",), f"saved after event {entry['event']}: {why}"))
+            rows.append(
+                Trace(
+                    f"snapshots/{entry['event']}",
+                    found,
+                    state,
+                    ("weights",),
+                    f"saved after event {entry['event']}: {why}",
+                )
+            )
     alive = {f"snapshots/{entry['event']}" for entry in entries}
     for item in life._events:
         if item["row"].kind == "forget":
             mine = ids & life._ids(item["row"].body["ids"]) if item["row"].body["n"] else Ids()
             for holder in item["row"].body["held"]:
                 if mine and holder.startswith("snapshots/") and holder not in alive:
-                    rows.append(Trace(holder, mine & consumed_by(life, int(holder.split("/")[1])), "deleted", (), "the file was erased"))
+                    rows.append(
+                        Trace(
+                            holder,
+                            mine & consumed_by(life, int(holder.split("/")[1])),
+                            "deleted",
+                            (),
+                            "the file was erased",
+                        )
+                    )
     return [row for row in rows if row.ids]

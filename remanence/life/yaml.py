@@ -154,7 +154,9 @@ class _Composer:
         next(self.events)  # the document's end
         after = next(self.events)
         if not isinstance(after, yaml.StreamEndEvent):
-            raise self.error(after, "a second document begins here; a plan is one document, so remove it and the line '---'")
+            raise self.error(
+                after, "a second document begins here; a plan is one document, so remove it and the line '---'"
+            )
         return Document(data, self.name, self.text, self.places, self.keys)
 
     def value(self, place: Place, event: Any) -> Any:
@@ -182,7 +184,9 @@ class _Composer:
             key = self.scalar(event) if isinstance(event, yaml.ScalarEvent) else None
             if not isinstance(key, str):
                 given = f"{event.value!r} is" if isinstance(event, yaml.ScalarEvent) and event.value else "this is"
-                raise self.error(event, f"{given} not a name; the keys of a plan are text (put a number in quotes if it is a name)")
+                raise self.error(
+                    event, f"{given} not a name; the keys of a plan are text (put a number in quotes if it is a name)"
+                )
             if key in found:
                 first = self.keys[(*place, key)][0]
                 raise self.error(event, f"the key {shown(key)} was given before, in line {first}; keep one of the two")
@@ -227,20 +231,26 @@ class _Composer:
         if isinstance(event, yaml.AliasEvent):
             raise self.error(event, f"the alias *{shown(event.anchor)[1:-1]} is not allowed; write the value out")
         if event.anchor is not None:
-            raise self.error(event, f"the anchor &{shown(event.anchor)[1:-1]} is not allowed; write the value out where it is needed")
+            raise self.error(
+                event, f"the anchor &{shown(event.anchor)[1:-1]} is not allowed; write the value out where it is needed"
+            )
 
     def error(self, event: Any, message: str) -> PlanError:
         return PlanError(f"{self.name}:{event.start_mark.line + 1}: {message}")
 
 
 def _too_large(name: str) -> PlanError:
-    return PlanError(f"{name}:1: the file is larger than {MAX_BYTES >> 20} MiB; write long lists of ids as ranges such as '10-20'")
+    return PlanError(
+        f"{name}:1: the file is larger than {MAX_BYTES >> 20} MiB; write long lists of ids as ranges such as '10-20'"
+    )
 
 
 def _sibling(path: Path) -> str:
     """The nearest file name beside `path`, for a mistyped one."""
     try:
-        names = [p.name for _, p in zip(range(1000), path.parent.iterdir(), strict=False) if p.suffix in (".yaml", ".yml")]
+        names = [
+            p.name for _, p in zip(range(1000), path.parent.iterdir(), strict=False) if p.suffix in (".yaml", ".yml")
+        ]
     except OSError:
         return ""
     return nearest(path.name, names)

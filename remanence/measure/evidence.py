@@ -25,8 +25,8 @@ Verdict = Literal[
     "this request cannot tell",
     "spread unknown",
 ]
-#: `nearest`: the nearer to the references the better, from either side. `lower`: the values are distances to the
-references. Direction = Literal["nearest", "lower"]
+#: `nearest`: the nearer to the references the better, from either side. `lower`: the values are distances to the references.
+Direction = Literal["nearest", "lower"]
 
 _TINY = 1e-12  # differences below this are rounding
 
@@ -105,8 +105,11 @@ def compare(metric: str, references: Sequence[float], after: float, nothing: flo
 
 
 def compare_distances(
-    metric: str, after: Sequence[float], nothing: Sequence[float], between: Sequence[float] | None = None, margin:
-    float = 0.0
+    metric: str,
+    after: Sequence[float],
+    nothing: Sequence[float],
+    between: Sequence[float] | None = None,
+    margin: float = 0.0,
 ) -> Cell:
     """The cell of a divergence: `after` and `nothing` (n,) are the two models' distances to each reference, such as
     mean KL.
@@ -127,8 +130,9 @@ def compare_distances(
     else:
         own = _finite(metric, between)
         if len(own) != len(x):
-            raise BadInput(f"{metric}: {len(own)} distances between references for {len(x)} "
-                "references; see leave_one_out")
+            raise BadInput(
+                f"{metric}: {len(own)} distances between references for {len(x)} references; see leave_one_out"
+            )
         limit = float(own.mean()) + prediction_half(own.tolist()) + _TINY
     verdict = _verdict(len(x), float(y.mean()) <= limit, float(x.mean()) <= limit, y - x, margin)
     if not len(own):
@@ -184,8 +188,9 @@ def _verdict(n: int, nothing_inside: bool, after_inside: bool, gain: NDArray[np.
     return "farther" if farther else "no closer"
 
 
-def _cell(metric: str, refs: NDArray[np.float64], after: float, nothing: float, direction: Direction, verdict:
-Verdict) -> Cell:
+def _cell(
+    metric: str, refs: NDArray[np.float64], after: float, nothing: float, direction: Direction, verdict: Verdict
+) -> Cell:
     n = len(refs)
     sd = None if n == 1 else float(refs.std(ddof=1))
     half = None if sd is None else _t(n - 1) * sd / math.sqrt(n)

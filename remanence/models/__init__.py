@@ -8,14 +8,26 @@ from typing import Any
 from torch import nn
 
 
-def mlp(inputs: int | tuple[int, ...], hidden: list[int] | tuple[int, ...] = (256, 256), outputs: int = 0, norm: bool = False, dropout: float = 0.0, seed: int = 0) -> nn.Module:
+def mlp(
+    inputs: int | tuple[int, ...],
+    hidden: list[int] | tuple[int, ...] = (256, 256),
+    outputs: int = 0,
+    norm: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> nn.Module:
     """A multi-layer perceptron: see `remanence.models.small.MLP`."""
     from remanence.models.small import MLP, seeded
 
     return seeded(seed, lambda: MLP(inputs, hidden, outputs, norm, dropout))
 
 
-def cnn(inputs: tuple[int, ...] = (1, 28, 28), channels: list[int] | tuple[int, ...] = (16, 32), outputs: int = 0, seed: int = 0) -> nn.Module:
+def cnn(
+    inputs: tuple[int, ...] = (1, 28, 28),
+    channels: list[int] | tuple[int, ...] = (16, 32),
+    outputs: int = 0,
+    seed: int = 0,
+) -> nn.Module:
     """A small convolutional network: see `remanence.models.small.CNN`."""
     from remanence.models.small import CNN, seeded
 

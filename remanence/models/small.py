@@ -15,7 +15,9 @@ from remanence.nn.heads import empty_linear
 class MLP(nn.Module):
     """Flatten, then linear + ReLU for each width of `hidden`, then a linear head with `outputs` rows."""
 
-    def __init__(self, inputs: int | Sequence[int], hidden: Sequence[int], outputs: int, norm: bool, dropout: float) -> None:
+    def __init__(
+        self, inputs: int | Sequence[int], hidden: Sequence[int], outputs: int, norm: bool, dropout: float
+    ) -> None:
         super().__init__()
         width = inputs if isinstance(inputs, int) else math.prod(inputs)
         layers: list[nn.Module] = [nn.Flatten()]

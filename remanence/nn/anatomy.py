@@ -48,7 +48,11 @@ def features(model: nn.Module, x: Tensor) -> Tensor:
 
 def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that own parameters themselves, by dotted name, in order of definition."""
-    return {name: module for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,7 +94,9 @@ def tensor_bytes(tensors: Iterator[Tensor] | list[Tensor]) -> int:
     """Bytes of all tensors, shared storage counted once."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        sizes[tensor.data_ptr() or id(tensor)] = max(sizes.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
+        sizes[tensor.data_ptr() or id(tensor)] = max(
+            sizes.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size()
+        )
     return sum(sizes.values())
 
 

@@ -21,7 +21,9 @@ def grow_head(model: nn.Module, rows: int, seed: int) -> nn.Module:
     name = head_name(model)
     old = model.get_submodule(name)
     if not isinstance(old, nn.Linear):
-        raise BadInput(f"the head {name!r} is a {type(old).__name__}; only a linear head can grow (or make it wide enough from the start)")
+        raise BadInput(
+            f"the head {name!r} is a {type(old).__name__}; only a linear head can grow (or make it wide enough from the start)"
+        )
     rng, bound = generator(seed, "head", old.out_features), old.in_features**-0.5
     new = empty_linear(old.in_features, old.out_features + rows, old.bias is not None, old.weight)
     new.weight.requires_grad_(old.weight.requires_grad)

@@ -13,7 +13,11 @@ from remanence.nn.anatomy import evaluating
 
 
 def mean_gradient(
-    model: nn.Module, problem: Problem, batches: Iterable[Batch], params: Mapping[str, Tensor], classes: Tensor | None = None
+    model: nn.Module,
+    problem: Problem,
+    batches: Iterable[Batch],
+    params: Mapping[str, Tensor],
+    classes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """``d/d theta of 1/n sum_i loss(f(x_i), y_i)`` over the n examples of all batches, signed, in eval mode.
 

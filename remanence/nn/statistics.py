@@ -144,7 +144,7 @@ class ClassStatistics:
         for label in self.labels:
             mine = self._ids[label] & ids
             anonymous = int(self._n[self._row[label]]) > len(self._ids[label])
-            if ids and anonymous or mine and (len(mine) == len(self._ids[label]) or self.source is None):
+            if (ids and anonymous) or (mine and (len(mine) == len(self._ids[label]) or self.source is None)):
                 self.drop(label)
         left = self.ids & ids
         if left and self.source is not None:

@@ -83,7 +83,7 @@ class Subspace:
             return weight, bias
         flat = weight.reshape(weight.shape[0], -1)
         joint = basis.shape[0] == flat.shape[1] + 1
-        if joint and bias is None or not joint and basis.shape[0] != flat.shape[1]:
+        if (joint and bias is None) or (not joint and basis.shape[0] != flat.shape[1]):
             raise BadInput(
                 f"layer {name!r}: a basis of {basis.shape[0]} does not fit an update of {flat.shape[1]}"
                 + (" without its bias" if joint else "")
@@ -143,7 +143,7 @@ class Subspace:
 
     def _grown(self, name: str, rows: Tensor, share: float) -> tuple[Tensor, int]:
         old = self.bases.get(name)
-        if rows.dim() != 2 or old is not None and rows.shape[1] != old.shape[0]:
+        if rows.dim() != 2 or (old is not None and rows.shape[1] != old.shape[0]):
             raise BadInput(
                 f"layer {name!r}: inputs must be (n, {'d_in' if old is None else old.shape[0]}), "
                 f"got {tuple(rows.shape)}"
@@ -211,7 +211,7 @@ def layer_inputs(
         return take
 
     for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
             raise BadInput(
                 f"layer {name!r} is a {type(layer).__name__}; inputs are taken of Linear and of Conv2d without groups"
             )

@@ -53,11 +53,18 @@ def _end(u: Update) -> None:
 
 
 def loop(
-    u: Update, drive: str | None, data: Examples | None, trainable: set[str] | None, mask: Mapping[str, Tensor] | None, replay: bool
+    u: Update,
+    drive: str | None,
+    data: Examples | None,
+    trainable: set[str] | None,
+    mask: Mapping[str, Tensor] | None,
+    replay: bool,
 ) -> None:
     """Epochs, batches and steps of one phase, in the order that `docs/add-a-method.md` tells."""
     parts = [u.owner, *u.parts]
-    do = SimpleNamespace(**{name: hooks(parts, name) for name in ("order", "prepare", "loss", "gradient", "project", "after")})
+    do = SimpleNamespace(
+        **{name: hooks(parts, name) for name in ("order", "prepare", "loss", "gradient", "project", "after")}
+    )
     flags = [(p, p.requires_grad) for p in u.model.parameters()]
     modes = [(m, m.training) for m in u.model.modules()]
     try:
@@ -139,8 +146,12 @@ class _Source:
         else:
             self.data, self.other = u.data("retain"), u.data("forget")
             if drive in ("retain", "mixed", "sequence") and not len(self.data):
-                raise BadInput("no retained data can be reached, but this method needs it; learn some, or pick one that does not")
-        self.columns = {name: c for name, c in self.data.columns.items() if isinstance(c, Tensor)} | {"id": self.data.id}
+                raise BadInput(
+                    "no retained data can be reached, but this method needs it; learn some, or pick one that does not"
+                )
+        self.columns = {name: c for name, c in self.data.columns.items() if isinstance(c, Tensor)} | {
+            "id": self.data.id
+        }
 
     def steps(self) -> int:
         """Optimizer steps of an epoch, as far as they can be known."""
@@ -179,7 +190,9 @@ class _Source:
         zeros = torch.zeros(self.size, dtype=torch.int64, device=device)
         if groups is not None:
             for rows in groups[skip:]:
-                yield {name: c[rows].to(device) for name, c in columns.items()} | {"origin": torch.zeros_like(rows).to(device)}
+                yield {name: c[rows].to(device) for name, c in columns.items()} | {
+                    "origin": torch.zeros_like(rows).to(device)
+                }
             return
         assert u.settings.batch_size == self.size
         for rows in index[skip * self.size :].split(self.size * _CHUNK):
@@ -267,7 +280,9 @@ def _restore(u: Update, at: Mapping[str, Any]) -> None:
     u.step, u._pending, u.lr, u.steps_done = at["step"], at["pending"], at["lr"], at["step"]
     for name, optimizer in u.optimizers.items():
         saved = at["optimizers"][name]
-        optimizer.load_state_dict({"state": {int(k): v for k, v in saved["state"].items()}, "param_groups": saved["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": {int(k): v for k, v in saved["state"].items()}, "param_groups": saved["param_groups"]}
+        )
     for key, state in at["rngs"].items():
         name, _, epoch = key.partition("\x1f")
         rng = torch.Generator()

@@ -16,7 +16,7 @@ from remanence.core.holder import Holder
 from remanence.core.ids import Ids
 from remanence.core.knobs import check_knobs
 from remanence.core.problem import Batch, Out
-from remanence.nn.anatomy import module_bytes, tensor_bytes
+from remanence.nn.anatomy import tensor_bytes
 from remanence.nn.heads import grow_head
 
 if TYPE_CHECKING:
@@ -63,7 +63,12 @@ class Method:
 
     def computed(self) -> list[Tensor]:
         """Tensors computed by weights, as against records kept in a holder of their own."""
-        return [tensor for value in self.remembered().values() if not isinstance(value, Holder) for tensor in _tensors(value)]
+        return [
+            tensor
+            for value in self.remembered().values()
+            if not isinstance(value, Holder)
+            for tensor in _tensors(value)
+        ]
 
     def derived(self) -> bool:
         """Whether anything here was computed by weights, so that it holds what they held."""
@@ -200,7 +205,13 @@ class Forgetter(Owner):
     """Removes a request from the weights."""
 
     #: Training defaults of the method, used where the request names none.
-    defaults: ClassVar[dict[str, Any]] = {"epochs": 1, "batch_size": 64, "optimizer": "sgd", "lr": 0.01, "schedule": "constant"}
+    defaults: ClassVar[dict[str, Any]] = {
+        "epochs": 1,
+        "batch_size": 64,
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "schedule": "constant",
+    }
 
     def forget(self, u: Update, request: Request) -> Outcome:
         raise NotImplementedError

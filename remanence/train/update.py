@@ -102,7 +102,10 @@ class Context:
             scores = self.problem.score(Out(logits[known]), {"y": y[known]}, self.classes.seen)
             accuracy = scores["accuracy"].sum() / len(y)
             return {"accuracy": float(accuracy)}
-        return {name: float(value.mean()) for name, value in self.problem.score(Out(logits), {"y": y}, self.classes.seen).items()}
+        return {
+            name: float(value.mean())
+            for name, value in self.problem.score(Out(logits), {"y": y}, self.classes.seen).items()
+        }
 
 
 @dataclass
@@ -324,7 +327,9 @@ class Update(Context):
         phase.settings = replace(self.settings, **settings) if settings else self.settings
         phase.parts = self.parts if parts is None else list(parts)
         self._shared["phases"] += 1
-        phase.phase = f"{self.phase}/{self._shared['phases']}" if self.epoch >= 0 or self._shared["phases"] > 1 else self.phase
+        phase.phase = (
+            f"{self.phase}/{self._shared['phases']}" if self.epoch >= 0 or self._shared["phases"] > 1 else self.phase
+        )
         phase.metrics = self.metrics if self.epoch < 0 else []
         phase.checkpoint = self.checkpoint if self.epoch < 0 and self._shared["phases"] == 1 else None
         phase._fresh()
@@ -398,7 +403,13 @@ class Update(Context):
             names = {id(p): name for name, p in self.model.named_parameters()}
             states = [item for optimizer in self.optimizers.values() for item in optimizer.state.items()]
             self.carried.clear()
-            self.carried.update({names[id(p)]: {k: v for k, v in s.items() if isinstance(v, Tensor)} for p, s in states if id(p) in names})
+            self.carried.update(
+                {
+                    names[id(p)]: {k: v for k, v in s.items() if isinstance(v, Tensor)}
+                    for p, s in states
+                    if id(p) in names
+                }
+            )
 
     def backward(self, step: Step, losses: Sequence[Any]) -> bool:
         """Sum the step's loss and the parts' terms and go backward; whether an optimizer step is due."""
@@ -460,7 +471,9 @@ class Update(Context):
             finite = torch.isfinite(losses)
             if not bool(finite.all()):
                 first = self.step - len(losses) + int((~finite).int().argmax())
-                raise NotFinite(f"the loss became {float(losses[~finite][0])} at step {first} of {self.event}; try a smaller lr or clip=1.0")
+                raise NotFinite(
+                    f"the loss became {float(losses[~finite][0])} at step {first} of {self.event}; try a smaller lr or clip=1.0"
+                )
             now = time.monotonic()
             if self.progress is not None and (now >= self._next_report or last):
                 self._next_report = now + 0.1

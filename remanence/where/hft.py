@@ -16,7 +16,11 @@ from remanence.nn.anatomy import head_name, norm_modules, weighted_modules
 from remanence.train.roles import Where
 from remanence.train.update import Update
 
-ATTENTION = {*"qkvo", "query", "key", "value"} | {f"{s}_{p}" for s in "qkv" for p in ("proj", "lin")} | {"o_proj", "out_proj", "out_lin"}
+ATTENTION = (
+    {*"qkvo", "query", "key", "value"}
+    | {f"{s}_{p}" for s in "qkv" for p in ("proj", "lin")}
+    | {"o_proj", "out_proj", "out_lin"}
+)
 FFN = {"gate_proj", "up_proj", "down_proj", "fc1", "fc2", "lin1", "lin2", "wi", "wi_0", "wi_1", "wo", "w1", "w2", "w3"}
 FUSED = {"qkv", "qkv_proj", "c_attn", "query_key_value", "in_proj", "Wqkv", "gate_up_proj"}
 _LAYER = re.compile(r"^(?:.*?\.)?(?:layers|layer|h|blocks|block)\.\d+(?=\.)")
@@ -41,7 +45,9 @@ class HFT(Where):
     """
 
     share: float = knob(0.5, "share of the matrices that learn", low=0, high=1)
-    granularity: str = knob("auto", "auto: category in transformers, else model", choices=("auto", "category", "layer", "model"))
+    granularity: str = knob(
+        "auto", "auto: category in transformers, else model", choices=("auto", "category", "layer", "model")
+    )
     train_embeddings: bool = knob(True, "whether embeddings learn")
 
     @property
@@ -53,10 +59,15 @@ class HFT(Where):
         layers, norms = _layers(modules), norm_modules(u.model)
         kind = self.granularity if self.granularity != "auto" else "category" if layers else "model"
         if kind != "model" and not layers:
-            raise BadInput(f"hft: no transformer layers were recognised in {type(u.model).__name__}; use granularity='model'")
+            raise BadInput(
+                f"hft: no transformer layers were recognised in {type(u.model).__name__}; use granularity='model'"
+            )
         if kind == "category":
             of = [{name: "norm" if name in norms else _kind(name) for name in layer} for layer in layers]
-            groups = [[[(name,) for name in layer if layer[name] == kind] for layer in of] for kind in ("attention", "ffn", "norm")]
+            groups = [
+                [[(name,) for name in layer if layer[name] == kind] for layer in of]
+                for kind in ("attention", "ffn", "norm")
+            ]
         elif kind == "layer":
             groups = [[[tuple(layer) for layer in layers]]]
         else:
@@ -76,9 +87,13 @@ class HFT(Where):
             last = name.rpartition(".")[2]
             fused = last in FUSED or (isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None)
             if fused and self.granularity in ("auto", "category"):
-                raise BadInput(f"hft: {name} holds several matrices in one; split it first, or use granularity='layer' or 'model'")
+                raise BadInput(
+                    f"hft: {name} holds several matrices in one; split it first, or use granularity='layer' or 'model'"
+                )
             if isinstance(module, LowRank):
-                raise BadInput("hft: the model has low-rank adapters, of which a half means nothing; use one of the two")
+                raise BadInput(
+                    "hft: the model has low-rank adapters, of which a half means nothing; use one of the two"
+                )
         head = head_name(model)
         return [n for n, m in weighted_modules(model).items() if n != head and not isinstance(m, nn.Embedding)]
 
@@ -107,4 +122,8 @@ def _draw(group: list[list[Matrices]], share: float, rng: torch.Generator) -> li
     open_ = [number for number, fraction in enumerate(rest) if fraction > 1e-9]
     for at in torch.randperm(len(open_), generator=rng)[: math.ceil(sum(rest) - 1e-6)].tolist():
         counts[open_[at]] += 1
-    return [layer[i] for layer, n in zip(group, counts, strict=True) for i in torch.randperm(len(layer), generator=rng)[:n].tolist()]
+    return [
+        layer[i]
+        for layer, n in zip(group, counts, strict=True)
+        for i in torch.randperm(len(layer), generator=rng)[:n].tolist()
+    ]

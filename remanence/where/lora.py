@@ -32,7 +32,9 @@ class LoRA(Where):
 
     rank: int = knob(8, "rank of every change", low=1)
     alpha: float = knob(16.0, "scale of the change, divided by the rank", low=0)
-    targets: str | list[str] = knob("all-linear", "ends of the names of the linear layers to adapt; all-linear: all but the head")
+    targets: str | list[str] = knob(
+        "all-linear", "ends of the names of the linear layers to adapt; all-linear: all but the head"
+    )
 
     def structure(self, u: Update) -> dict[str, Any]:
         if any(isinstance(module, LowRank) for module in u.model.modules()):
@@ -40,10 +42,14 @@ class LoRA(Where):
         return {"names": self._names(u.model), "rank": self.rank, "alpha": self.alpha, "seed": u.seed_of("lora")}
 
     def attach(self, model: nn.Module, structure: dict[str, Any]) -> nn.Module:
-        return add_low_rank(model, list(structure["names"]), int(structure["rank"]), float(structure["alpha"]), int(structure["seed"]))
+        return add_low_rank(
+            model, list(structure["names"]), int(structure["rank"]), float(structure["alpha"]), int(structure["seed"])
+        )
 
     def trainable(self, u: Update) -> list[str]:
-        adapters = [f"{at}.{name}" for at, m in u.model.named_modules() if isinstance(m, LowRank) for name in ("down", "up")]
+        adapters = [
+            f"{at}.{name}" for at, m in u.model.named_modules() if isinstance(m, LowRank) for name in ("down", "up")
+        ]
         head = head_name(u.model)
         return adapters + [name for name in u.parameters if name.rpartition(".")[0] == head]
 

@@ -30,7 +30,11 @@ class Saliency(Where):
     """
 
     rho: float = knob(0.5, "share of entries that may move", low=0, high=1)
-    on: str = knob("auto", "examples the gradient is of; auto: forget, or task", choices=("auto", "task", "forget", "retain", "seen"))
+    on: str = knob(
+        "auto",
+        "examples the gradient is of; auto: forget, or task",
+        choices=("auto", "task", "forget", "retain", "seen"),
+    )
 
     @property
     def inert(self) -> bool:

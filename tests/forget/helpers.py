@@ -37,12 +37,25 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def same(a: nn.Module | dict[str, Any], b: nn.Module | dict[str, Any]) -> bool:
     """Equal names, and every tensor equal bit for bit."""
     a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
-    bits = [torch.equal(a[n].contiguous().view(-1).view(torch.uint8), b[n].contiguous().view(-1).view(torch.uint8)) for n in a]
+    bits = [
+        torch.equal(a[n].contiguous().view(-1).view(torch.uint8), b[n].contiguous().view(-1).view(torch.uint8))
+        for n in a
+    ]
     return a.keys() == b.keys() and all(bits)
 
 
-def learner_update(model: nn.Module, train: Examples, *, parts: list[Method] | None = None, seed: int = 0, event: str = "learn/0",
-                   owner: Learner | None = None, labels: list[int] = LABELS, new: list[int] = LABELS, **settings: Any) -> Update:
+def learner_update(
+    model: nn.Module,
+    train: Examples,
+    *,
+    parts: list[Method] | None = None,
+    seed: int = 0,
+    event: str = "learn/0",
+    owner: Learner | None = None,
+    labels: list[int] = LABELS,
+    new: list[int] = LABELS,
+    **settings: Any,
+) -> Update:
     return Update(model=model, problem=Classification(), owner=owner or Finetune(), settings=Settings(**settings), data=lambda name: train,
                   parts=parts or [], labels=labels, new_labels=new, seed=seed, event=event)  # fmt: skip
 

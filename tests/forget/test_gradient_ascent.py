@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.forget.helpers import class_accuracy, class_ids, digits_model, forget_update, forgotten, same, split
 
 from remanence.core.errors import BadInput, NotFinite
 from remanence.data import Request
 from remanence.forget.gradient_ascent import GradientAscent
 from remanence.train.loop import forget
+from tests.forget.helpers import class_accuracy, class_ids, digits_model, forget_update, forgotten, same, split
 
 TRAIN, TEST = split()
 THREE = class_ids(TRAIN, 3)

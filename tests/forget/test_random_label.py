@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import chi2
-from tests.forget.helpers import accuracy, class_accuracy, class_ids, digits_model, forget_update, forgotten, same, split
 
 from remanence.core.errors import BadInput
 from remanence.core.rng import generator
@@ -17,6 +16,16 @@ from remanence.forget import base
 from remanence.forget.base import RandomLabels, other_labels
 from remanence.forget.random_label import RandomLabel
 from remanence.train.loop import forget
+from tests.forget.helpers import (
+    accuracy,
+    class_accuracy,
+    class_ids,
+    digits_model,
+    forget_update,
+    forgotten,
+    same,
+    split,
+)
 
 TRAIN, TEST = split()
 
@@ -88,7 +97,13 @@ def test_drive_follows_the_number_of_classes():
     u = forget_update(digits_model(), RandomLabel(), TRAIN, class_ids(TRAIN, 3))
     assert RandomLabels.of(u, "auto", 1.0).drive == "sequence"
     assert RandomLabels.of(u, "mixed", 1.0).drive == "mixed"
-    many = forget_update(digits_model(), RandomLabel(), TRAIN.replace(y=torch.arange(len(TRAIN)) % 11), class_ids(TRAIN, 3), labels=list(range(11)))
+    many = forget_update(
+        digits_model(),
+        RandomLabel(),
+        TRAIN.replace(y=torch.arange(len(TRAIN)) % 11),
+        class_ids(TRAIN, 3),
+        labels=list(range(11)),
+    )
     assert RandomLabels.of(many, "auto", 1.0).drive == "mixed"
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.forget.helpers import class_ids, digits_model, forget_update, forgotten, split
 
 from remanence.core.errors import BadInput
 from remanence.data import Request
 from remanence.forget.retrain import Retrain
 from remanence.train.loop import forget
+from tests.forget.helpers import class_ids, digits_model, forget_update, forgotten, split
 
 TRAIN, _ = split()
 

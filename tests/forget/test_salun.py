@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.forget.helpers import class_accuracy, class_ids, digits_model, forget_update, forgotten, same, split, state
 
 from remanence.core.ids import Ids
 from remanence.forget.random_label import RandomLabel
@@ -12,13 +11,16 @@ from remanence.forget.salun import SalUn, soft_threshold
 from remanence.nn.masks import top_fraction
 from remanence.nn.saliency import mean_gradient
 from remanence.train.loop import forget
+from tests.forget.helpers import class_accuracy, class_ids, digits_model, forget_update, forgotten, same, split, state
 
 TRAIN, TEST = split()
 THREE = class_ids(TRAIN, 3)
 
 
 @pytest.mark.parametrize("drive", ["auto", "mixed", "forget", "retain"])
-@pytest.mark.parametrize("ids", [THREE, TRAIN.ids.sample(130, torch.Generator().manual_seed(0))], ids=["class", "random"])
+@pytest.mark.parametrize(
+    "ids", [THREE, TRAIN.ids.sample(130, torch.Generator().manual_seed(0))], ids=["class", "random"]
+)
 def test_whole_mask_is_random_label_bit_for_bit(drive, ids):
     model = digits_model()
     plain, _ = forgotten(model, RandomLabel(drive=drive), TRAIN, ids, epochs=3)
@@ -152,17 +154,19 @@ def test_unknown_ids_are_not_read():
 def test_forgetting_random_examples_comes_near_retraining():
     """Card salun, last check, on 300 digits of which 60 are forgotten, mean of six seeds: fine-tuning leaves UA = 1 - accuracy on the
     forget set at 0 where retraining has about 6 %; SalUn reaches it with RA > 97 %."""
-    from tests.forget.helpers import accuracy, taught
-
     from remanence.core.rng import generator
     from remanence.forget.catastrophic import Catastrophic
     from remanence.models import mlp
+    from tests.forget.helpers import accuracy, taught
 
     rows = {name: [] for name in ("nothing", "retrain", "finetune", "salun")}
     for seed in range(6):
         small = TRAIN.only(TRAIN.ids.sample(300, generator(seed, "s")))
         ids = small.ids.sample(60, generator(seed, "x"))
-        model, again = (taught(mlp(64, [128], 10, seed=seed), data, seed=seed, epochs=80, lr=2e-3) for data in (small, small.without(ids)))
+        model, again = (
+            taught(mlp(64, [128], 10, seed=seed), data, seed=seed, epochs=80, lr=2e-3)
+            for data in (small, small.without(ids))
+        )
         made = {"nothing": model, "retrain": again, "finetune": forgotten(model, Catastrophic(), small, ids)[0],
                 "salun": forgotten(model, SalUn(), small, ids, lr=0.03, batch_size=64)[0]}  # fmt: skip
         for name, found in made.items():

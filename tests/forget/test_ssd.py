@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tests.forget.helpers import class_accuracy, class_ids, digits_model, forgotten, same, split, taught
 from torch import nn
 
 from remanence.core.errors import BadInput
@@ -14,6 +13,7 @@ from remanence.data import Examples
 from remanence.forget.ssd import SSD, dampen
 from remanence.models import mlp
 from remanence.nn.fisher import batch_fisher
+from tests.forget.helpers import class_accuracy, class_ids, digits_model, forgotten, same, split, taught
 
 TRAIN, TEST = split()
 THREE = class_ids(TRAIN, 3)
@@ -67,11 +67,15 @@ def test_disjoint_features_touch_only_their_block():
     model = mlp(9, [], 3)
     taught(model, examples, epochs=20, lr=0.05, labels=[0, 1, 2], new=[0, 1, 2])
     for importance in KINDS:
-        after, outcome = forgotten(model, SSD(selection=1.5, importance=importance), examples, class_ids(examples, 0), labels=[0, 1, 2])
+        after, outcome = forgotten(
+            model, SSD(selection=1.5, importance=importance), examples, class_ids(examples, 0), labels=[0, 1, 2]
+        )
         changed = (after.head.weight != model.head.weight).any(0)
         assert changed[:3].any() and not changed[3:].any()
         others = x[y != 0]
-        assert torch.equal(others @ after.head.weight.T, others @ model.head.weight.T)  # the bias is shared by all blocks
+        assert torch.equal(
+            others @ after.head.weight.T, others @ model.head.weight.T
+        )  # the bias is shared by all blocks
         assert "dampened 0 " not in outcome.notes[0]
 
 
@@ -88,7 +92,9 @@ def test_the_order_of_the_data_does_not_matter_much():
 def test_per_example_importance_is_bounded_by_the_share():
     """D contains F, so I_F <= |D| / |F| I_D: a selection at or above that selects nothing, whatever the data."""
     model = digits_model()
-    after, outcome = forgotten(model, SSD(selection=len(TRAIN) / len(THREE) * 1.001, importance="example"), TRAIN, THREE)
+    after, outcome = forgotten(
+        model, SSD(selection=len(TRAIN) / len(THREE) * 1.001, importance="example"), TRAIN, THREE
+    )
     assert outcome.notes == ["dampened 0 weights"] and same(after, model)
 
 
@@ -101,7 +107,9 @@ def test_digits_class_forgetting(seed):
         base = class_accuracy(model, TEST, label)
         found = []
         for selection in (30.0, 50.0, 60.0, 80.0, 100.0):
-            gone, kept = class_accuracy(forgotten(model, SSD(selection=selection), TRAIN, class_ids(TRAIN, label))[0], TEST, label)
+            gone, kept = class_accuracy(
+                forgotten(model, SSD(selection=selection), TRAIN, class_ids(TRAIN, label))[0], TEST, label
+            )
             found.append(gone < 0.10 and base[1] - kept < 0.03)
         met.append(any(found))
         assert base[0] > 0.85
@@ -115,7 +123,9 @@ def test_one_setting_forgets_class_three_of_six(seed):
     labels = list(range(6))
     model = taught(mlp(64, [128], 6, seed=seed), six[0], seed=seed, epochs=15, labels=labels, new=labels)
     base = class_accuracy(model, six[1], 3)
-    gone, kept = class_accuracy(forgotten(model, SSD(selection=30.0), six[0], class_ids(six[0], 3), labels=labels)[0], six[1], 3)
+    gone, kept = class_accuracy(
+        forgotten(model, SSD(selection=30.0), six[0], class_ids(six[0], 3), labels=labels)[0], six[1], 3
+    )
     assert base[0] > 0.9 and gone < 0.1 and kept > base[1] - 0.03
 
 
@@ -126,7 +136,9 @@ def test_deterministic_and_without_a_trace():
     first, _ = forgotten(model, SSD(selection=20.0), TRAIN, THREE)
     second, _ = forgotten(model, SSD(selection=20.0), TRAIN, THREE)
     assert same(first, second) and torch.equal(draws, torch.random.get_rng_state())
-    assert mode == [m.training for m in first.modules()] and all(p.grad is None and p.requires_grad for p in first.parameters())
+    assert mode == [m.training for m in first.modules()] and all(
+        p.grad is None and p.requires_grad for p in first.parameters()
+    )
 
 
 def test_batch_importance_written_out():

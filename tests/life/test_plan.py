@@ -100,7 +100,15 @@ def test_options_are_the_arguments_of_the_life() -> None:
     assert second["lr"] == 0.1
     assert plan.events[1].learn is not None
     merged = plan.settings(plan.events[1].learn)
-    assert merged == {"epochs": 3, "batch_size": 16, "optimizer": {"sgd": {"momentum": 0.9}}, "lr": 0.5, "schedule": {"cosine": {"warmup": 2}}, "clip": None, "accumulate": 2}
+    assert merged == {
+        "epochs": 3,
+        "batch_size": 16,
+        "optimizer": {"sgd": {"momentum": 0.9}},
+        "lr": 0.5,
+        "schedule": {"cosine": {"warmup": 2}},
+        "clip": None,
+        "accumulate": 2,
+    }
 
 
 @pytest.mark.parametrize("text", [FULL, EXAMPLE.read_text(), HEAD + "events: [{learn: 0}]"])
@@ -236,7 +244,12 @@ events:
   - learn: 9
 """
     message = refused(
-        text, (4, "mlp has no knob 'drop'"), (9, "did you mean 'policy'"), (12, "decay=7"), (19, "selection='many'"), (20, "tasks 0 to 4")
+        text,
+        (4, "mlp has no knob 'drop'"),
+        (9, "did you mean 'policy'"),
+        (12, "decay=7"),
+        (19, "selection='many'"),
+        (20, "tasks 0 to 4"),
     )
     assert len(message.split("\n")) == 5
     assert [int(line.split(":")[1]) for line in message.split("\n")] == [4, 9, 12, 19, 20]
@@ -356,7 +369,15 @@ def test_plans_broken_at_random_places(data: st.DataObject) -> None:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(0, len(FULL) - 1), st.sampled_from(["", *" \n\t:-[]{},&*!#'\"%@0a.~?|>"]), st.integers(0, 4)), min_size=1, max_size=3))
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, len(FULL) - 1), st.sampled_from(["", *" \n\t:-[]{},&*!#'\"%@0a.~?|>"]), st.integers(0, 4)
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
 def test_plans_with_slips_of_the_pen(slips: list[tuple[int, str, int]]) -> None:
     text = FULL
     for at, typed, removed in slips:

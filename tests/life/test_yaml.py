@@ -107,11 +107,16 @@ def test_refused_with_its_line(text: str, line: int, words: str) -> None:
 
 
 def test_alias_bomb() -> None:
-    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
+    )
     refused(bomb, 1, "anchor")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 100_000, "- " * 100_000, "\n".join(" " * i + "a:" for i in range(200)), "? " * 5000])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "{a: " * 100_000, "- " * 100_000, "\n".join(" " * i + "a:" for i in range(200)), "? " * 5000],
+)
 def test_deep_nesting(text: str) -> None:
     with pytest.raises(PlanError, match=r"plan\.yaml:\d+: (more than 50 levels|this is not a name|.*check)"):
         parse(text, "plan.yaml")
