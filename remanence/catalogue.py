@@ -78,7 +78,9 @@ def _offered(entry: Any) -> list[Part]:
             f"the entry point {entry.name!r} ({entry.value}) in the group remanence.parts cannot be loaded: {error}; "
             "mend or uninstall the package that offers it"
         ) from error
-    offered = [loaded] if isinstance(loaded, Part) else list(loaded) if isinstance(loaded, Iterable) else [None]
+    offered: list[Any] = (
+        [loaded] if isinstance(loaded, Part) else list(loaded) if isinstance(loaded, Iterable) else [None]
+    )
     for part in offered:
         if not isinstance(part, Part):
             raise BadInput(

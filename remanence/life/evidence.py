@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from remanence.core.errors import BadInput
 from remanence.core.problem import Classification
 from remanence.core.rng import seed_of
 from remanence.data import Examples, cat
@@ -24,13 +25,8 @@ if TYPE_CHECKING:
 ABSENT = 20.0
 #: Shares of the held-out data that may be used to choose a method (tune), to fit attacks (calibrate) and to report.
 SPLITS = {"tune": 0.2, "calibrate": 0.2, "report": 0.6}
-FORGOTTEN = (
-    "forget accuracy",
-    "membership AUC (loss)",
-    "membership AUC (modified entropy)",
-    "membership AUC (logistic)",
-    "KL from references",
-)
+#: Figures about the request itself: what was asked is judged by these, not by what became of the rest.
+FORGOTTEN = ("forget ", "membership AUC", "KL from references")
 RANGES = {"accuracy": "0 to 1", "AUC": "0 to 1, 0.5 is chance", "KL": "0 up, nats", "mse": "0 up", "TPR": "0 to 1"}
 
 
@@ -74,19 +70,26 @@ class Assessor:
             else set(forget["y"].tolist()) - set(retain["y"].tolist())
         )
         self.test = _without_labels(held, lost)
-        self.strangers = self._strangers(held)
         self.classifies = isinstance(life.problem, Classification)
+        self.members: Examples | None
+        self.strangers: Examples | None
+        self.members, self.strangers = self._matched(held)
 
-    def _strangers(self, held: Sequence[Examples]) -> Examples | None:
-        """Held-out examples that match the request's classes and tasks in proportion."""
+    def _matched(self, held: Sequence[Examples]) -> tuple[Examples, Examples] | tuple[None, None]:
+        """Examples of the request, and held-out ones of the same classes in the same proportions, that can be told apart or not."""
         if not held:
-            return None
+            return None, None
         pool = cat(list(held))
-        if not isinstance(self.life.problem, Classification):
-            return pool
+        if not self.classifies:
+            return self.forget, pool
         rng = np.random.default_rng(seed_of(self.life.seed, "non-members"))
-        rows = attacks.match_nonmembers(self.forget["y"].numpy(), pool["y"].numpy(), rng)
-        return pool.select(torch.from_numpy(np.sort(rows))) if len(rows) else None
+        try:
+            match = attacks.match_nonmembers(self.forget["y"].numpy(), pool["y"].numpy(), rng)
+        except BadInput:  # no held-out example of any class asked for
+            return None, None
+        if min(len(match.members), len(match.nonmembers)) < 2:
+            return None, None
+        return self.forget.select(torch.from_numpy(match.members)), pool.select(torch.from_numpy(match.nonmembers))
 
     def answers(self, state: State) -> dict[str, Any]:
         """Logits on the request and on its non-members, labels of the columns, and the plain figures."""
@@ -97,32 +100,35 @@ class Assessor:
             if examples is not None and len(examples):
                 found["figures"][f"{part} {name}"] = c.evaluate(examples)[name]
         found["forget"] = _outputs(c, self.forget)
-        if self.strangers is not None and len(self.strangers) > 1 and len(self.forget) > 1:
-            found["strangers"] = _outputs(c, self.strangers)
-            found["figures"].update(self._attacks(found) if self.classifies else {})
+        if self.members is not None and self.strangers is not None:
+            found["figures"].update(self._attacks(c))
         return found
 
-    def _attacks(self, found: dict[str, Any]) -> dict[str, float]:
-        assert self.strangers is not None
-        members, columns = _padded(found["forget"], found["labels"], self.forget["y"].tolist())
-        others, again = _padded(found["strangers"], found["labels"], self.strangers["y"].tolist(), columns)
-        y, z = _columns(self.forget, again), _columns(self.strangers, again)
-        members, _ = _padded(found["forget"], found["labels"], [], again)
-        scores = {
-            "loss": (attacks.loss(members, y), attacks.loss(others, z)),
-            "modified entropy": (attacks.modified_entropy(members, y), attacks.modified_entropy(others, z)),
-        }
-        figures = {}
-        for name, (inside, outside) in scores.items():
-            figures[f"membership AUC ({name})"] = attacks.auc(-inside, -outside)
-            rate = attacks.tpr_at_fpr(-inside, -outside, 0.01)
-            if rate is not None:
-                figures[f"membership TPR at 1 % FPR ({name})"] = rate
-        if min(len(members), len(others)) >= 20:
-            inside, outside = attacks.logistic(
-                members, y, others, z, seed=seed_of(self.life.seed, "logistic attack") % 2**31
-            )
-            figures["membership AUC (logistic)"] = attacks.auc(inside, outside)
+    def _attacks(self, c: Context) -> dict[str, float]:
+        """The attacks' figures; a class that the model never knew gets a column far below the others."""
+        assert self.members is not None and self.strangers is not None
+        sides: list[tuple[Any, Any]] = []
+        for examples in (self.members, self.strangers):
+            answers, y = _outputs(c, examples), examples["y"].numpy()
+            if self.classifies:
+                wanted = sorted({*self.members["y"].tolist(), *self.strangers["y"].tolist()} - set(c.labels))
+                answers = np.concatenate(
+                    [answers, np.repeat(answers.max(1, keepdims=True) - ABSENT, len(wanted), axis=1)], axis=1
+                )
+                place = {label: i for i, label in enumerate([*c.labels, *wanted])}
+                y = np.array([place[label] for label in y.tolist()])
+            sides.append((answers, y))
+        names = ["loss-threshold", "modified-entropy", "logistic"] if self.classifies else ["squared-error"]
+        if min(len(self.members), len(self.strangers)) < 20:
+            names = [name for name in names if name != "logistic"]  # nothing to fit on
+        (inside, members), (outside, others) = sides
+        found = attacks.audit(
+            inside, members, outside, others, names, [0.01], seed=seed_of(self.life.seed, "logistic attack") % 2**31
+        )
+        figures = {f"membership AUC ({name})": values["auc"] for name, values in found.items()}
+        figures.update(
+            {f"membership TPR at 1 % FPR ({name})": v["tpr@0.01"] for name, v in found.items() if "tpr@0.01" in v}
+        )
         return figures
 
     def distance(self, reference: dict[str, Any], other: dict[str, Any]) -> float:
@@ -140,12 +146,13 @@ class Assessor:
                     cells.append(
                         compare(name, [r["figures"][name] for r in references], after["figures"][name], nothing)
                     )
-            between = None
-            if len(references) > 1:
-                between = leave_one_out([[self.distance(a, b) for b in references] for a in references])
-            to_after, to_before = ([self.distance(r, model) for r in references] for model in (after, before))
-            cells.append(compare_distances("KL from references", to_after, to_before, between))
-        judged = [cell for cell in cells if cell.metric in FORGOTTEN or cell.metric.startswith("forget ")]
+            if not self.classifies or len(set(before["labels"]).intersection(*(r["labels"] for r in references))) > 1:
+                between = None
+                if len(references) > 1:
+                    between = leave_one_out([[self.distance(a, b) for b in references] for a in references])
+                to_after, to_before = ([self.distance(r, model) for r in references] for model in (after, before))
+                cells.append(compare_distances("KL from references", to_after, to_before, between))
+        judged = [cell for cell in cells if cell.metric.startswith(FORGOTTEN)]
         earned, reason = earned_unlearned(judged) if references else (False, "not measured against retraining")
         rows = [
             {**_plain(asdict(cell)), "range": next((r for k, r in RANGES.items() if k in cell.metric), "")}
@@ -162,24 +169,12 @@ def _without_labels(held: Sequence[Examples], lost: set[int]) -> Examples | None
 
 
 def _outputs(c: Context, examples: Examples) -> np.ndarray:
-    return c.outputs(c.mapped(examples)).double().cpu().numpy()
-
-
-def _padded(
-    logits: np.ndarray, labels: list[int], wanted: list[int], columns: list[int] | None = None
-) -> tuple[np.ndarray, list[int]]:
-    """`logits` with a column, far below the others, for each label that the model has no column for."""
-    columns = list(dict.fromkeys([*(columns or labels), *wanted]))
-    found = np.repeat(logits.max(1, keepdims=True) - ABSENT, len(columns), axis=1)
-    for i, label in enumerate(columns):
-        if label in labels:
-            found[:, i] = np.maximum(logits[:, labels.index(label)], found[:, i] - ABSENT)
-    return found, columns
-
-
-def _columns(examples: Examples, columns: list[int]) -> np.ndarray:
-    place = {label: i for i, label in enumerate(columns)}
-    return np.array([place[label] for label in examples["y"].tolist()])
+    """Answers (N, columns) in float64; a class that the learner bars (-inf) gets `ABSENT` below the largest instead."""
+    found = c.outputs(c.mapped(examples)).double().cpu().numpy()
+    if not c.columns:
+        return found
+    found = found[:, : c.columns]
+    return np.where(np.isneginf(found), found.max(1, keepdims=True) - ABSENT, found)
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

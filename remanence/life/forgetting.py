@@ -26,7 +26,7 @@ from remanence.life.state import state_bytes
 from remanence.train.loop import forget as forget_run
 from remanence.train.roles import Forgetter, Keeper, Outcome, Where
 from remanence.train.settings import Settings
-from remanence.train.update import Update
+from remanence.train.update import Update, hooks
 
 if TYPE_CHECKING:
     from remanence.life.life import Life
@@ -399,14 +399,14 @@ def _run(
         if made is None:
             raise EventFailed(f"{asked.by.slug} says its result is exact but did not retrain through the life")
         life._state = copy.deepcopy(made)
+        life._state.metrics = state.metrics
     else:
         state.steps += u.steps_done
         state.optimizer = {}
-        for method in state.holders().values():
-            if hasattr(type(method), "forgot"):
-                again = update(state.learner, "forgot", [state.learner, *state.keepers])
-                with again._exit:
-                    method.forgot(again, asked.ids)
+        for forgot in hooks(list(state.holders().values()), "forgot"):
+            again = update(state.learner, "forgot", [state.learner, *state.keepers])
+            with again._exit:
+                forgot(again, asked.ids)
     return outcome, u.steps_done
 
 
@@ -431,8 +431,7 @@ def _held(life: Life, ids: Ids) -> dict[str, int]:
 def consumed_by(life: Life, event: int) -> Ids:
     """Ids consumed by the learn events up to event number `event`."""
     found = Ids()
-    for item in life._events:
-        row = item["row"]
+    for row in life._rows:
         if row.kind == "learn" and row.body["event"] <= event:
             found = found | life._ids(row.body["new"]) | life._ids(row.body["replayed"])
     return found
@@ -453,7 +452,7 @@ def _commit(life: Life, asked: _Asked, work: _Work | None, manifest: dict[str, A
         life._books.forgotten(asked.ids, work.state, work.why, work.outcome.exact)
     kept = [entry for entry in entries if not entry["event"] or not asked.ids & consumed_by(life, entry["event"])]
     body: dict[str, Any] = {
-        "event": len(life._events) + 1,
+        "event": len(life._rows) + 1,
         "label": f"forget request {asked.number}",
         "number": asked.number,
         "n": len(asked.ids),
@@ -478,7 +477,7 @@ def _commit(life: Life, asked: _Asked, work: _Work | None, manifest: dict[str, A
         "labels": list(life._state.labels),
         "holders": state_bytes(life._state),
         "weights_sha256": weights_sha256(life.model.state_dict()),
-        **life._measured(life._learned, life.metrics),
+        **life._measured(life._learned),
     }
     with life._ledger.begin() as tx:
         body["ids"] = life._ledger.lineage.put(asked.ids)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Learned:
     recipe: Recipe
     task: Task | None
     ids: Ids
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any]
 
     def retained(self, gone: Ids) -> Task | None:
         """The task with the rows consumed then that are not in `gone`; None where nothing is left or reachable."""
@@ -108,7 +109,7 @@ class Life:
         self,
         model: nn.Module | Callable[[int], nn.Module],
         *,
-        problem: Problem | str | None = None,
+        problem: Problem | str | Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         learner: Any = None,
         keep: Any = (),
@@ -143,7 +144,7 @@ class Life:
                 "learner": self._state.learner.spec(),
                 "keep": [keeper.spec() for keeper in self._state.keepers],
                 "where": self._where,
-                "measure": [metric.spec() for metric in self.metrics],
+                "measure": self._metric_specs,
                 "weights_sha256": weights_sha256(self.model.state_dict()),
             }
             manifest = self._snapshots.save(self._state.pack())
@@ -190,18 +191,22 @@ class Life:
         self._keep_specs = [keeper.spec() for keeper in resolve_all("keep", keep, Keeper)]
         self._learner_spec = resolve("learn", learner or "finetune", Learner).spec()
         self._where = [w.spec() for w in resolve_all("where", where, Where)]
-        self.metrics = resolve_all("measure", list(measure), Metric)
+        self._metric_specs = [metric.spec() for metric in resolve_all("measure", list(measure), Metric)]
         self._progress = progress
         self._state = self._fresh_state(built.to(self.device))
         check_keepers(self._state.keepers)
         self._learned: list[Learned] = []
         self._books = Books()
         self._references: dict[tuple[str, int], State] = {}
-        self._events: list[dict[str, Any]] = []
+        self._rows: list[Row] = []
 
-    def _fresh_state(self, model: nn.Module) -> State:
+    def _fresh_state(self, model: nn.Module, metrics: bool = True) -> State:
+        """A state that has learned nothing; references are not watched by `metrics`."""
         return State(
-            model, resolve("learn", self._learner_spec, Learner), resolve_all("keep", self._keep_specs, Keeper)
+            model,
+            resolve("learn", self._learner_spec, Learner),
+            resolve_all("keep", self._keep_specs, Keeper),
+            resolve_all("measure", self._metric_specs, Metric) if metrics else [],
         )
 
     def _open(self, ledger: str | None, new: bool) -> None:
@@ -276,11 +281,10 @@ class Life:
                 body["measure"],
                 progress,
             )
-            if weights_sha256(life._blank.state_dict()) != body["weights_sha256"]:
-                if not life._begin_from_snapshot():
-                    raise DataChanged(
-                        "the model given is not the one this life began with; give it with its initial weights"
-                    )
+            if not (weights_sha256(life._blank.state_dict()) == body["weights_sha256"] or life._begin_from_snapshot()):
+                raise DataChanged(
+                    "the model given is not the one this life began with; give it with its initial weights"
+                )
             life._check_drift(allow_drift)
             life._replay_rows(list(data) if data is not None else [])
             life._load_current()
@@ -304,7 +308,7 @@ class Life:
                     self._blank.load_state_dict(packed["weights"])
                 except RuntimeError:
                     return False
-                return weights_sha256(self._blank.state_dict()) == self._born.body["weights_sha256"]
+                return bool(weights_sha256(self._blank.state_dict()) == self._born.body["weights_sha256"])
         return False
 
     def _check_drift(self, allow: bool) -> None:
@@ -341,7 +345,7 @@ class Life:
     def _replay_rows(self, data: list[Task]) -> None:
         """Books and history from the rows; data is matched by task id and checked by fingerprint."""
         tasks = {task.id: task for task in data}
-        self._books, self._learned, self._events = Books(), [], []
+        self._books, self._learned, self._rows = Books(), [], []
         for row in self._ledger.rows(EVENTS):
             if row.kind == "learn":
                 about = row.body["task"]
@@ -357,7 +361,7 @@ class Life:
     def _enter(self, row: Row) -> None:
         """A committed row goes into the books and the list of events."""
         apply_row(self._books, row, self._ids)
-        self._events.append({"row": row})
+        self._rows.append(row)
 
     def _ids(self, digest: str) -> Ids:
         return self._ledger.lineage.get(digest)
@@ -387,6 +391,11 @@ class Life:
         return self._state.model
 
     @property
+    def metrics(self) -> list[Metric]:
+        """The metrics taken after each event."""
+        return self._state.metrics
+
+    @property
     def holders(self) -> dict[str, Any]:
         """Everything in the life that remembers, by name, with its bytes."""
         return {**state_bytes(self._state), "snapshots": self._snapshot_bytes()}
@@ -394,7 +403,7 @@ class Life:
     @property
     def events(self) -> list[Event]:
         """The committed events, in order."""
-        return [self._event(item["row"]) for item in self._events]
+        return [self._event(row) for row in self._rows]
 
     @property
     def receipts(self) -> list[Any]:
@@ -470,7 +479,7 @@ class Life:
         try:
             u, consumed = self._learn(task, recipe, snapshot_every)
             self._finite()
-            measured = self._measured([*self._learned, Learned(recipe, task, consumed.new)], u.metrics)
+            measured = self._measured([*self._learned, Learned(recipe, task, consumed.new, {"id": task.id})])
             row = self._commit_learn(
                 task,
                 recipe,
@@ -582,7 +591,7 @@ class Life:
         entries = self._ledger.get_current("snapshots")
         kept = [entry for entry in entries if entry["event"] == 0] + [entry for entry in entries if entry["event"]][-1:]
         body = {
-            "event": len(self._events) + 1,
+            "event": len(self._rows) + 1,
             "label": f"learn task {task.id}",
             "task": {
                 "id": task.id,
@@ -673,7 +682,7 @@ class Life:
 
     def measure(self, tasks: Sequence[int] | None = None) -> dict[str, Any]:
         """Every metric on the life as it is now, and the held-out accuracy of each learned task (or of `tasks`, by id)."""
-        measured = self._measured(self._learned, self.metrics)
+        measured = self._measured(self._learned)
         wanted = {str(task) for task in tasks} if tasks is not None else None
         accuracy = {int(k): v for k, v in measured["accuracy"].items() if wanted is None or k in wanted}
         return {**measured["measures"], "tasks": accuracy}
@@ -786,8 +795,8 @@ class Life:
                 left.update(y[torch.from_numpy(mine & ~self._books.tombstones.isin(ids))].unique().tolist())
         return sorted(ever - left)
 
-    def _measured(self, learned: Sequence[Learned], metrics: Sequence[Any]) -> dict[str, Any]:
-        """Held-out accuracy per task, of wholly forgotten classes, and the metrics' values."""
+    def _measured(self, learned: Sequence[Learned]) -> dict[str, Any]:
+        """Held-out score per task and of each wholly forgotten class, and the metrics' values."""
         c = self._context()
         tasks = self._tasks(learned)
         main = "accuracy" if isinstance(self.problem, Classification) else "mse"
@@ -799,8 +808,11 @@ class Life:
                 test = tests[0].select((tests[0]["y"] == label).nonzero()[:, 0])
                 lost[str(label)] = _rounded(c.evaluate(test)["accuracy"])
         c.tasks = tasks
-        c.matrix = [*[item["row"].body["accuracy"] for item in self._events], scores]  # type: ignore[attr-defined]
-        c.holders = state_bytes(self._state)  # type: ignore[attr-defined]
+        table = [*[row.body["accuracy"] for row in self._rows], scores]
+        order = list(dict.fromkeys(str(item.about["id"]) for item in learned))
+        c.matrix = [[row.get(task, math.nan) for task in order] for row in table]
+        c.learned = [next((i for i, row in enumerate(table) if task in row), len(table)) for task in order]
+        c.holders, c.forgotten = state_bytes(self._state), self._books.tombstones
         values: dict[str, float] = {}
         for metric in self.metrics:
             values.update({name: _rounded(value) for name, value in metric.value(c).items()})
@@ -836,7 +848,7 @@ class Life:
         """A fresh life of the same learn events without `gone`: buffers, statistics and keepers built anew."""
         key = (gone.digest(), seed)
         if key not in self._references:
-            state = self._fresh_state(self._initial(seed))
+            state = self._fresh_state(self._initial(seed), metrics=False)
             history: list[Examples] = []
             for learned in self._learned:
                 if learned.task is None:

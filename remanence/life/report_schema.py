@@ -195,7 +195,7 @@ _RECEIPT = {
     "signer": "",
     "hash": "",
 }
-_REPORT = {
+_REPORT: dict[str, Any] = {
     "name": "",
     "life": "",
     "state": "",

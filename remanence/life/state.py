@@ -14,7 +14,7 @@ from remanence.core.errors import Corrupt
 from remanence.core.problem import Problem
 from remanence.life.build import named, resolve
 from remanence.nn.anatomy import module_bytes
-from remanence.train.roles import Keeper, Learner, Method
+from remanence.train.roles import Keeper, Learner, Method, Metric
 from remanence.train.update import Context, Update
 
 
@@ -25,6 +25,7 @@ class State:
     model: nn.Module
     learner: Learner
     keepers: list[Keeper] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     structures: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
@@ -52,6 +53,7 @@ class State:
         return {
             "weights": {name: value.detach() for name, value in self.model.state_dict().items()},
             "holders": {name: method.state_dict() for name, method in self.holders().items()},
+            "metrics": {name: metric.state_dict() for name, metric in named(self.metrics, "measure").items()},
             "labels": list(self.labels),
             "structures": copy.deepcopy(self.structures),
             "steps": self.steps,
@@ -73,10 +75,11 @@ class State:
         self.model = model.to(device)
         self.labels, self.steps = list(packed["labels"]), int(packed["steps"])
         self.structures, self.optimizer = list(packed["structures"]), dict(packed["optimizer"])
-        for name, method in self.holders().items():
-            if name not in packed["holders"]:
-                raise Corrupt(f"the snapshot has no state of {name}")
-            method.load_state_dict(packed["holders"][name])
+        for saved, methods in (("holders", self.holders()), ("metrics", named(self.metrics, "measure"))):
+            for name, method in methods.items():
+                if name not in packed[saved]:
+                    raise Corrupt(f"the snapshot has no state of {name}")
+                method.load_state_dict(packed[saved][name])
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ _KINDS = {"learn": "statistics", "keep": "statistics", "weights": "weights", "sn
 
 def summary(life: Life) -> dict[str, Any]:
     """Everything the report shows; no example, id or per-example value is in it."""
-    rows = [item["row"] for item in life._events]
+    rows = list(life._rows)
     born = life._born.body
     tasks = {row.body["task"]["id"]: row.body["task"]["names"] for row in rows if row.kind == "learn"}
     columns = list(tasks)

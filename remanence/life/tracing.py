@@ -40,8 +40,7 @@ def trace(life: Life, ids: Ids, erasing: bool | None = None) -> list[Trace]:
 def _once_held(life: Life, holder: str, ids: Ids) -> Ids:
     """Those of `ids` that a forget found in `holder`."""
     found = Ids()
-    for item in life._events:
-        row = item["row"]
+    for row in life._rows:
         if row.kind == "forget" and holder in row.body["held"]:
             found = found | (ids & life._ids(row.body["ids"]))
     return found
@@ -57,9 +56,9 @@ def _snapshots(life: Life, ids: Ids) -> list[Trace]:
         if not entry["event"]:
             continue
         books = Books()
-        for item in life._events:
-            if item["row"].body["event"] <= entry["event"]:
-                apply_row(books, item["row"], life._ids)
+        for row in life._rows:
+            if row.body["event"] <= entry["event"]:
+                apply_row(books, row, life._ids)
         for found, state, why in books.weights(ids):
             rows.append(
                 Trace(
@@ -71,10 +70,10 @@ def _snapshots(life: Life, ids: Ids) -> list[Trace]:
                 )
             )
     alive = {f"snapshots/{entry['event']}" for entry in entries}
-    for item in life._events:
-        if item["row"].kind == "forget":
-            mine = ids & life._ids(item["row"].body["ids"]) if item["row"].body["n"] else Ids()
-            for holder in item["row"].body["held"]:
+    for row in life._rows:
+        if row.kind == "forget":
+            mine = ids & life._ids(row.body["ids"]) if row.body["n"] else Ids()
+            for holder in row.body["held"]:
                 if mine and holder.startswith("snapshots/") and holder not in alive:
                     rows.append(
                         Trace(

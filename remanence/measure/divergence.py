@@ -58,7 +58,7 @@ def agreement(
 ) -> Floats:
     """1.0 where both give the same answer among the classes both know, else 0.0: (N,). Higher is nearer."""
     log_p, log_q = shared(reference, model, reference_labels, model_labels)
-    return (log_p.argmax(axis=1) == log_q.argmax(axis=1)).astype(np.float64)
+    return np.asarray(log_p.argmax(axis=1) == log_q.argmax(axis=1), dtype=np.float64)
 
 
 def squared_difference(reference: Any, model: Any) -> Floats:

@@ -55,7 +55,7 @@ def forgetting_per_task(matrix: ArrayLike, at: int = -1, learned: Sequence[int] 
     `forgetting` leaves out."""
     r, when = _read(matrix, learned)
     k = _row(r, at)
-    return _best(r, when, k) - r[k]
+    return np.asarray(_best(r, when, k) - r[k])
 
 
 def forgetting(matrix: ArrayLike, at: int = -1, learned: Sequence[int] | None = None) -> float:

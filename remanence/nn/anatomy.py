@@ -22,9 +22,9 @@ def head_name(model: nn.Module) -> str:
     for name in HEAD_NAMES:
         if isinstance(getattr(model, name, None), nn.Module):
             found = getattr(model, name)
-            inner = [path for path, module in found.named_modules() if isinstance(module, nn.Linear)]
+            inner: list[str] = [path for path, module in found.named_modules() if isinstance(module, nn.Linear)]
             return name if isinstance(found, nn.Linear) or not inner else f"{name}.{inner[-1]}"
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear: list[str] = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise BadInput(f"{type(model).__name__} has no linear layer to be its head; give it a `head` attribute")
     return linear[-1]

@@ -34,6 +34,9 @@ class QuadraticAnchor:
     BadInput where a parameter is smaller than its anchor.
     """
 
+    #: Computed by weights, so it holds what they held; a keeper that has one must have `forgot`.
+    derived = True
+
     def __init__(
         self,
         anchor: Mapping[str, Tensor] | None = None,

@@ -39,5 +39,5 @@ def empty_linear(inputs: int, outputs: int, bias: bool = True, like: torch.Tenso
     device, dtype = (like.device, like.dtype) if like is not None else ("cpu", torch.float32)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=device, dtype=dtype)  # type: ignore[no-untyped-call]
+        layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, device=device, dtype=dtype)
     return layer

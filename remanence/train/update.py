@@ -53,6 +53,12 @@ class Context:
         self.labels, self.tasks, self.device = list(labels), list(tasks), torch.device(device)
         columns = torch.arange(len(self.labels))
         self.classes = Classes(columns, columns[:0], columns)
+        #: What only a life knows, for its metrics: scores (events x tasks, NaN where there is none) and the row that learned each
+        #: task, bytes by holder, ids forgotten on request.
+        self.matrix: list[list[float]] | None = None
+        self.learned: list[int] | None = None
+        self.holders: dict[str, int] = {}
+        self.forgotten = Ids()
 
     @property
     def columns(self) -> int:

@@ -62,6 +62,7 @@ class HFT(Where):
             raise BadInput(
                 f"hft: no transformer layers were recognised in {type(u.model).__name__}; use granularity='model'"
             )
+        groups: list[list[list[Matrices]]]  # modules of one kind, per layer
         if kind == "category":
             of = [{name: "norm" if name in norms else _kind(name) for name in layer} for layer in layers]
             groups = [

@@ -15,17 +15,15 @@ from remanence.train.update import Context
 class Bytes(Metric):
     """Bytes of each holder, ``bytes/<holder>``, and of all together, ``bytes``; lower is cheaper.
 
-    The holders are the life's (``c.holders``, name to holder) where it offers them; the model's own bytes are
+    The holders are the life's (``c.holders``, name to bytes) where it offers them; the model's own bytes are
     ``bytes/model`` (parameters and buffers, shared storage once). Inside a run they are the model, its owner and its
     parts, and ``bytes/scratch`` is what the run itself keeps beside them.
     """
 
     def value(self, c: Context) -> dict[str, float]:
         found: dict[str, int] = {}
-        holders: Any = getattr(c, "holders", None)
-        if isinstance(holders, Mapping):
-            for name, holder in holders.items():
-                found[str(name)] = int(holder.bytes())
+        if c.holders:
+            found.update(c.holders)
         else:
             for part in [getattr(c, "owner", None), *getattr(c, "parts", [])]:
                 if part is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -32,9 +31,8 @@ class Forgetting(Metric):
         Raises:
             BadInput: the problem has no accuracy.
         """
-        given: Any = getattr(c, "matrix", None)
-        if given is not None:
-            return self._figures(figures.summary(given, learned=getattr(c, "learned", None)))
+        if c.matrix is not None and score_name(c) == "accuracy":
+            return self._figures(figures.summary(c.matrix, learned=c.learned))
         if score_name(c) != "accuracy":
             raise BadInput(
                 "forgetting needs a problem with an accuracy, such as classification; take it out of `measure`"

@@ -35,7 +35,7 @@ class Membership(Metric):
     fpr: float = knob(0.01, "false-positive rate at which the share of members found is told", low=1e-6, high=0.5)
 
     def value(self, c: Context) -> dict[str, float]:
-        gone = getattr(c, "forgotten", None) or Ids()
+        gone = c.forgotten
         tasks = [task for task in c.tasks if len(task.test)]
         trains = [task.train.without(gone) for task in tasks]
         if not any(len(train) for train in trains):
