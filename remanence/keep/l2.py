@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from remanence.core.knobs import knob
 from remanence.nn.anatomy import head_name
 from remanence.nn.anchor import QuadraticAnchor
@@ -27,14 +29,13 @@ class L2(Keeper):
     strength: float = knob(0.01, "weight of the penalty", low=0)
 
     def begin(self, u: Update) -> None:
-        anchor = {name: p.detach() for name, p in u.parameters.items()}
-        if u.columns:
-            old = len(u.classes.old)
-            anchor = {
-                n: value[:old] if n.rpartition(".")[0] == head_name(u.model) else value for n, value in anchor.items()
-            }
-        self._anchor = QuadraticAnchor(anchor, strength=self.strength)
-        u.extra_bytes += self._anchor.bytes()
+        values = {name: p.detach() for name, p in u.parameters.items()}
+        rows = [n for n in values if n.rpartition(".")[0] == head_name(u.model)] if u.columns else []
+        top = {name: values.pop(name) for name in rows}
+        held = {name: torch.zeros_like(value).index_fill_(0, u.classes.old, 1) for name, value in top.items()}
+        self._anchors = [QuadraticAnchor(values, None, self.strength), QuadraticAnchor(top, held, self.strength)]
+        u.extra_bytes += sum(anchor.bytes() for anchor in self._anchors)
 
     def gradient(self, u: Update) -> None:
-        self._anchor.add_gradient(u.parameters)
+        for anchor in self._anchors:
+            anchor.add_gradient(u.parameters)

@@ -13,7 +13,7 @@ from torch import Tensor
 from remanence.core.ids import Ids
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch, Out
-from remanence.nn.anatomy import evaluating, features, head
+from remanence.nn.anatomy import evaluating, features
 from remanence.nn.statistics import ClassStatistics
 from remanence.train.roles import Learner, Step
 from remanence.train.update import Context, Update
@@ -26,7 +26,8 @@ class NMC(Learner):
         z = f(x) / |f(x)|        mu_c = sum_{y_i = c} z_i / n_c        argmin_c |z - mu_c| = argmax_c 2 z.mu_c - |mu_c|^2
 
     f is the input of the network's head, in eval mode, never trained. The means do not depend on the order or the cut of
-    the stream, and a deleted example is subtracted exactly (float64 sums; equal to never having seen it to 1e-10).
+    the stream. After a forget the retained examples are counted afresh, so the means are those of a life without the
+    deleted ones (float64 sums; to 1e-10).
 
     Pick it first, with any pretrained backbone: what it cannot beat is not worth its cost. Needs: labels.
     Reference: Janson et al. 2022, "A Simple Baseline that Questions the Use of Pretrained-Models in Continual Learning",
@@ -39,7 +40,7 @@ class NMC(Learner):
     normalise: bool = knob(True, "divide every feature by its norm")
 
     def setup(self) -> None:
-        self.statistics = ClassStatistics(0)
+        self.statistics = ClassStatistics()
 
     def structure(self, u: Update) -> dict[str, Any]:
         return {}
@@ -55,9 +56,6 @@ class NMC(Learner):
         return F.normalize(z, dim=1) if self.normalise else z
 
     def _add(self, c: Context, batch: Batch) -> None:
-        if not self.statistics.labels:
-            width = getattr(head(c.model), "in_features", 0)
-            self.statistics = ClassStatistics(width)
         self.statistics.add(self._features(c, batch["x"]), batch["y"], batch["id"])
 
     def predict(self, c: Context, batch: Batch) -> Out:
@@ -72,7 +70,7 @@ class NMC(Learner):
 
     def forgot(self, u: Update, ids: Ids) -> None:
         """Count afresh over what is retained: exact for any backbone, whose weights may have changed."""
-        self.statistics = ClassStatistics(0)
+        self.statistics = ClassStatistics()
         with evaluating(u.model):
             for examples in u.history():
                 for batch in u.batches(examples):

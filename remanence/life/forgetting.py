@@ -286,16 +286,18 @@ def continue_request(life: Life) -> None:
 
 def _carry_out(life: Life, asked: _Asked) -> Receipt:
     start = time.perf_counter()
-    books = life._books
     label = f"forget request {asked.number}"
     try:
         work = _work(life, asked) if asked.ids else None
+        if work is not None:
+            life._books = copy.deepcopy(life._books)
+            life._books.forgotten(asked.ids, work.state, work.why, work.outcome.exact)
+        measured = life._measured(life._learned)
         reached("work")
         manifest = life._snapshots.save(life._state.pack())
         reached("stage")
-        row = _commit(life, asked, work, manifest, time.perf_counter() - start)
+        row = _commit(life, asked, work, measured, manifest, time.perf_counter() - start)
     except BaseException as error:
-        life._books = books
         life._roll_back(error, label)
         if isinstance(error, NotFinite | EventFailed):
             raise EventFailed(f"{label} failed and the life is as it was before: {error}") from error
@@ -445,11 +447,10 @@ def _limit(asked: _Asked, before: Mapping[str, float], after: Mapping[str, float
         )
 
 
-def _commit(life: Life, asked: _Asked, work: _Work | None, manifest: dict[str, Any], seconds: float) -> Row:
+def _commit(
+    life: Life, asked: _Asked, work: _Work | None, measured: dict[str, Any], manifest: dict[str, Any], seconds: float
+) -> Row:
     entries = life._ledger.get_current("snapshots")
-    life._books = copy.deepcopy(life._books)
-    if work is not None:
-        life._books.forgotten(asked.ids, work.state, work.why, work.outcome.exact)
     kept = [entry for entry in entries if not entry["event"] or not asked.ids & consumed_by(life, entry["event"])]
     body: dict[str, Any] = {
         "event": len(life._rows) + 1,
@@ -477,7 +478,7 @@ def _commit(life: Life, asked: _Asked, work: _Work | None, manifest: dict[str, A
         "labels": list(life._state.labels),
         "holders": state_bytes(life._state),
         "weights_sha256": weights_sha256(life.model.state_dict()),
-        **life._measured(life._learned),
+        **measured,
     }
     with life._ledger.begin() as tx:
         body["ids"] = life._ledger.lineage.put(asked.ids)

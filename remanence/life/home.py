@@ -1,13 +1,30 @@
-"""A home as a folder: deleting it whole."""
+"""A home as a folder: whether a life has begun in it, and deleting it whole."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from remanence.core.errors import BadInput
+from remanence.core.errors import BadInput, Locked
 from remanence.life.files import plain_errors
+from remanence.life.ledger import Ledger
 from remanence.life.lock import Lock
+
+
+def begun(home: str | Path) -> bool:
+    """Whether a life was born in this folder. One that was killed before has left files of no life, which count for nothing.
+
+    Raises:
+        Corrupt: there is a ledger, and it cannot be relied on.
+    """
+    path = Path(home) / "ledger.db"
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    try:
+        with Ledger(path, create=True, check=False) as ledger:
+            return bool(ledger.rows("born"))
+    except Locked:
+        return True
 
 
 def delete(home: str | Path) -> list[str]:

@@ -30,7 +30,7 @@ from remanence.life.lock import Lock
 from remanence.life.snapshots import Snapshots, weights_sha256
 from remanence.life.state import State, state_bytes
 from remanence.train.loop import position
-from remanence.train.roles import Keeper, Learner, Metric, Where
+from remanence.train.roles import Keeper, Learner, Method, Metric, Where
 from remanence.train.settings import Settings
 from remanence.train.update import Consumed, Context, Progress, Update
 
@@ -547,19 +547,15 @@ class Life:
                 u.resume_at = {**packed["position"], "load": lambda: _load_into(u, packed)}
 
         def checkpoint(u: Update, _source: Any, index: Any, count: int) -> None:
-            if (
-                snapshot_every
-                and u.step
-                and u.step % snapshot_every == 0
-                and not u._pending
-                and not isinstance(index, list)
-            ):
-                holders = {str(i): part.state_dict() for i, part in enumerate([u.owner, *u.parts])}
+            due = snapshot_every and u.step and u.step % snapshot_every == 0
+            if due and not u._pending and not isinstance(index, list):
+                holders = {str(i): part.state_dict() for i, part in enumerate(_stateful(u))}
                 manifest = self._snapshots.save(
                     {"position": position(u, index, count), "weights": dict(u.model.state_dict()), "holders": holders}
                 )
                 with self._ledger.begin() as tx:
                     tx.set_current("checkpoint", {"key": key, "manifest": manifest})
+                self._sweep()
 
         return learn_event(
             self._state,
@@ -682,7 +678,7 @@ class Life:
 
     def measure(self, tasks: Sequence[int] | None = None) -> dict[str, Any]:
         """Every metric on the life as it is now, and the held-out accuracy of each learned task (or of `tasks`, by id)."""
-        measured = self._measured(self._learned)
+        measured = self._measured(self._learned, copy.deepcopy(self.metrics))  # looking leaves no trace
         wanted = {str(task) for task in tasks} if tasks is not None else None
         accuracy = {int(k): v for k, v in measured["accuracy"].items() if wanted is None or k in wanted}
         return {**measured["measures"], "tasks": accuracy}
@@ -748,8 +744,10 @@ class Life:
     # ------------------------------------------------------------------ shared with forgetting
 
     def _writable(self) -> None:
+        """Nothing new begins before what was begun is done: an erasure that is owed, a request that was interrupted."""
         if self._ledger.get_current("owed"):
             self._finish_owed()
+        self._continue_request()
 
     def _finish_owed(self) -> None:
         from remanence.life.forgetting import finish
@@ -795,7 +793,7 @@ class Life:
                 left.update(y[torch.from_numpy(mine & ~self._books.tombstones.isin(ids))].unique().tolist())
         return sorted(ever - left)
 
-    def _measured(self, learned: Sequence[Learned]) -> dict[str, Any]:
+    def _measured(self, learned: Sequence[Learned], metrics: Sequence[Metric] | None = None) -> dict[str, Any]:
         """Held-out score per task and of each wholly forgotten class, and the metrics' values."""
         c = self._context()
         tasks = self._tasks(learned)
@@ -814,7 +812,7 @@ class Life:
         c.learned = [next((i for i, row in enumerate(table) if task in row), len(table)) for task in order]
         c.holders, c.forgotten = state_bytes(self._state), self._books.tombstones
         values: dict[str, float] = {}
-        for metric in self.metrics:
+        for metric in self.metrics if metrics is None else metrics:
             values.update({name: _rounded(value) for name, value in metric.value(c).items()})
         return {"accuracy": scores, "lost": lost, "measures": values}
 
@@ -826,6 +824,8 @@ class Life:
     def _roll_back(self, error: BaseException, label: str) -> None:
         """The life as it was at its last commit, and a row that says why."""
         self._load_current()
+        self._replay_rows([learned.task for learned in self._learned if learned.task is not None])
+        self._settle_inputs()
         if not isinstance(error, KeyboardInterrupt | SystemExit):
             try:
                 with self._ledger.begin() as tx:
@@ -919,9 +919,14 @@ def versions() -> dict[str, Any]:
     return found
 
 
+def _stateful(u: Update) -> list[Method]:
+    """Everything in a run that remembers beside the weights."""
+    return [u.owner, *u.parts, *u.metrics]
+
+
 def _load_into(u: Update, packed: Mapping[str, Any]) -> None:
     u.model.load_state_dict(packed["weights"])
-    for i, part in enumerate([u.owner, *u.parts]):
+    for i, part in enumerate(_stateful(u)):
         part.load_state_dict(packed["holders"][str(i)])
 
 

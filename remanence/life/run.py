@@ -9,109 +9,163 @@ from typing import Any
 import torch
 from torch import nn
 
-from remanence.core.errors import Refused
+from remanence.core.errors import BadInput, Refused
 from remanence.core.rng import seed_of
 from remanence.data import Request, Stream
+from remanence.life.home import begun
 from remanence.life.life import Life
 from remanence.life.plan import Plan, load_plan
 from remanence.train.update import Progress
 
+After = Callable[[Life], None]
+
 
 def model_and_data(path: str | Path, allow_code: bool = False) -> tuple[Callable[[int], nn.Module], Stream]:
     """The model's builder and the stream that a plan names."""
-    plan = load_plan(Path(path), allow_code=allow_code)
+    return _made(load_plan(Path(path), allow_code=allow_code))
+
+
+def _made(plan: Plan) -> tuple[Callable[[int], nn.Module], Stream]:
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)  # the same bits ask for the same number of threads
     stream = build_stream(plan)
     return model_builder(plan, stream), stream
 
 
 def build_stream(plan: Plan) -> Stream:
-    """The plan's stream."""
-    from remanence.data.streams import STREAMS
+    """The plan's stream.
 
-    name, knobs = one(plan.stream)
-    return STREAMS[name](**knobs)
+    Raises:
+        PlanError: the function that the plan names gives no stream.
+    """
+    function, knobs = plan.factory("stream")
+    made = function(**knobs)
+    if not isinstance(made, Stream):
+        raise plan.error(("stream",), f"the function gave a {type(made).__name__}; a stream is a remanence.data.Stream")
+    return made
 
 
 def model_builder(plan: Plan, stream: Stream) -> Callable[[int], nn.Module]:
-    """A function of the life's seed that builds the plan's network for the stream's inputs."""
-    from remanence.models import MODELS
+    """A function of the life's seed that builds the plan's network for the stream's inputs.
 
-    name, knobs = one(plan.model)
+    Raises:
+        PlanError: (when called) the function that the plan names gives no network.
+    """
+    function, knobs = plan.factory("model")
     shape = tuple(stream[0].train["x"].shape[1:])
 
     def build(seed: int) -> nn.Module:
-        made = MODELS[name](inputs=shape, **{**knobs, "seed": seed_of(seed, "model") % 2**31})
-        assert isinstance(made, nn.Module)
+        made = function(inputs=shape, **{**knobs, "seed": seed_of(seed, "model") % 2**31})
+        if not isinstance(made, nn.Module):
+            raise plan.error(("model",), f"the function gave a {type(made).__name__}; a model is a torch module")
         return made
 
     return build
 
 
-def one(value: Any) -> tuple[str, dict[str, Any]]:
-    """``name`` or ``{name: knobs}`` as a pair."""
-    if isinstance(value, dict):
-        name, knobs = next(iter(value.items()))
-        return str(name), dict(knobs or {})
-    return str(value), {}
-
-
 def run_plan(
-    path: str | Path, home: str | Path | None = None, allow_code: bool = False, progress: Progress | None = None
+    path: str | Path,
+    home: str | Path | None = None,
+    allow_code: bool = False,
+    progress: Progress | None = None,
+    after: After | None = None,
 ) -> Life:
     """Begin the life of a plan and live it to its end; a home that holds this very plan is gone on with.
 
     Raises:
         PlanError: the plan cannot be run; nothing was written.
-        Refused: the home holds another life.
+        Refused: the home holds another life; or an event of the plan was refused.
+        EventFailed: an event failed; the life is as it was before that event.
     """
-    path = Path(path)
-    plan = load_plan(path, allow_code=allow_code)
-    folder = Path(home) if home is not None else Path(plan.home or f"runs/{plan.name}")
-    if (folder / "ledger.db").exists():
-        kept = folder / "plan.yaml"
-        if not kept.exists() or kept.read_text() != plan.source:
-            raise Refused(
-                f"{folder} holds another life; choose another --home, or delete it first (remanence delete {folder})"
-            )
-        life = Life.resume(folder, progress=progress)
-    else:
-        if plan.threads is not None:
-            torch.set_num_threads(plan.threads)
-        stream = build_stream(plan)
-        life = Life(
-            model_builder(plan, stream),
-            problem=plan.problem,
-            learner=plan.learner,
-            keep=plan.keep,
-            where=plan.where,
-            home=folder,
-            seed=plan.seed,
-            device=plan.device,
-            measure=plan.measure,
-            name=plan.name,
-            plan=plan.source,
-            progress=progress,
-        )
-    continue_plan(life)
+    life, plan, stream = open_plan(path, home, allow_code, progress)
+    try:
+        continue_plan(life, after, plan, stream)
+    except BaseException:
+        life.close()
+        raise
     return life
 
 
-def continue_plan(life: Life, after: Callable[[Life], None] | None = None) -> None:
-    """Live the events of the life's plan that have not happened yet; `after` is called after each, then the report is written."""
-    plan = load_plan(life.home / "plan.yaml")
-    stream = build_stream(plan)
-    train = (
-        {k: v for k, v in dict(plan.train).items() if v is not None}
-        if not hasattr(plan.train, "model_dump")
-        else plan.train.model_dump(exclude_none=True)
+def open_plan(
+    path: str | Path, home: str | Path | None = None, allow_code: bool = False, progress: Progress | None = None
+) -> tuple[Life, Plan, Stream]:
+    """The life of a plan, new or as far as its home has come, the plan and its stream: what `continue_plan` takes.
+
+    Raises:
+        PlanError: the plan cannot be run; nothing was written.
+        Refused: the home holds another life.
+    """
+    plan = load_plan(Path(path), allow_code=allow_code)
+    folder = Path(home) if home is not None else Path(plan.home or f"runs/{plan.name}")
+    if begun(folder):
+        kept = folder / "plan.yaml"
+        if not kept.exists() or kept.read_text(encoding="utf-8") != plan.source:
+            raise Refused(
+                f"{folder} holds another life; choose another --home, or delete it first (remanence delete {folder})"
+            )
+        builder, stream = _made(plan)
+        return Life.resume(folder, builder, stream, progress=progress), plan, stream
+    builder, stream = _made(plan)
+    life = Life(
+        builder,
+        problem=plan.problem,
+        learner=plan.learner,
+        keep=plan.keep,
+        where=plan.where,
+        home=folder,
+        seed=plan.seed,
+        device=plan.device,
+        measure=plan.measure,
+        name=plan.name,
+        plan=plan.source,
+        progress=progress,
     )
-    for event in plan.events[len(life.events) :]:
+    return life, plan, stream
+
+
+def continue_plan(
+    life: Life, after: After | None = None, plan: Plan | None = None, stream: Stream | None = None
+) -> None:
+    """Live the events of the life's plan that have not happened yet, then write the report.
+
+    Args:
+        after: called after each event.
+        plan, stream: if they were made already. A home's copy of a plan may not run code; the user's own may.
+    """
+    plan = plan or load_plan(life.home / "plan.yaml")
+    stream = build_stream(plan) if stream is None else stream
+    for event in remaining(life, plan):
         options = event.options()
+        count = len(life.events)
         if event.kind == "learn":
-            life.learn(stream[options.pop("task")], **{**train, **options})
+            number = options.pop("task")
+            life.learn(stream[number], **{**plan.train.given(), **options})
         else:
-            request = Request(**options.pop("request"))
-            life.forget(request, **options)
+            life.forget(Request(**options.pop("request")), **options)
+        if len(life.events) == count:
+            # A repeated request is answered by its earlier receipt: no event of the life, yet one of the plan.
+            with life._ledger.begin() as tx:
+                tx.set_current("repeated", tx.get_current("repeated", 0) + 1)
         if after is not None:
             after(life)
     life.report()
+
+
+def remaining(life: Life, plan: Plan) -> list[Any]:
+    """The events of the plan that have not happened yet."""
+    return list(plan.events[len(life.events) + life._ledger.get_current("repeated", 0) :])
+
+
+class Reading(Life):
+    """A life opened to look at it: nothing is finished, gone on with or erased, and other versions or threads do not matter."""
+
+    def _check_drift(self, allow: bool) -> None: ...
+
+    def _finish_owed(self) -> None: ...
+
+    def _continue_request(self) -> None: ...
+
+    def _sweep(self) -> None: ...
+
+    def _writable(self) -> None:
+        raise BadInput("this life was opened only to look at it; Life.resume(home) opens it to go on")

@@ -22,13 +22,14 @@ def summary(life: Life) -> dict[str, Any]:
     """Everything the report shows; no example, id or per-example value is in it."""
     rows = list(life._rows)
     born = life._born.body
+    lived = len(rows) + life._ledger.get_current("repeated", 0)  # a repeated request of the plan is no event of its own
     tasks = {row.body["task"]["id"]: row.body["task"]["names"] for row in rows if row.kind == "learn"}
     columns = list(tasks)
     matrix = [[row.body["accuracy"].get(str(task)) for task in columns] for row in rows]
     return {
         "name": born["name"],
         "life": life._ledger.life,
-        "state": "in progress" if life._ledger.get_current("owed") or _planned(life) > len(rows) else "complete",
+        "state": "in progress" if life._ledger.get_current("owed") or _planned(life) > lived else "complete",
         "weights_sha256": weights_sha256(life.model.state_dict()),
         "content_digest": life.content_digest(),
         "events": [_event(life, row) for row in rows],

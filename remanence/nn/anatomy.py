@@ -90,6 +90,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Every buffer (running statistics, counters) is put back at the end, in place, bit for bit."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
 def tensor_bytes(tensors: Iterator[Tensor] | list[Tensor]) -> int:
     """Bytes of all tensors, shared storage counted once."""
     sizes: dict[int, int] = {}

@@ -140,17 +140,19 @@ class Buffer:
         balanced: as equal a number of rows per label as there are rows for; which labels get one more is drawn, and the
         rows come in random order too.
         """
-        if n < 0:
-            raise BadInput(f"cannot draw {n} rows")
         if not self._columns:
             return {}
-        n = min(n, self._size)
-        rows = (
-            _ranked(self._columns["y"][: self._size].cpu(), n, generator)
-            if balanced
-            else _sample(n, self._size, generator)
-        )
+        rows = self.rows(n, generator, balanced)
         return {name: column[rows.to(column.device)] for name, column in self._columns.items()}
+
+    def rows(self, n: int, generator: torch.Generator, balanced: bool = False) -> Tensor:
+        """The numbers (min(n, len),) of the rows that :meth:`draw` gives."""
+        if n < 0:
+            raise BadInput(f"cannot draw {n} rows")
+        n = min(n, self._size)
+        if balanced and n:
+            return _ranked(self._columns["y"][: self._size].cpu(), n, generator)
+        return _sample(n, self._size, generator)
 
     # -- holder --------------------------------------------------------------------------------------------------------
 

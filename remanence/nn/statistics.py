@@ -19,8 +19,9 @@ class ClassStatistics:
     """Holder of n, sum and optionally the sum of outer products of features per label.
 
     Sums are additive, so the order and the chunks in which rows come do not matter (to rounding: 1e-12 relative in
-    float64), and a row that is removed leaves what a life without it would have (to rounding). dim: feature size.
-    second_order: keep (dim, dim) per label too. dtype: of the sums; features are cast to it.
+    float64), and a row that is removed leaves what a life without it would have (to rounding). dim: feature size; None:
+    that of the first rows added, or of a loaded state. second_order: keep (dim, dim) per label too. dtype: of the sums;
+    features are cast to it.
 
     Rows come with ids or without. An id counts once per label: adding it again changes nothing. Rows without ids cannot
     be told apart later, so a class with such rows answers ``holds`` with every id asked for.
@@ -28,22 +29,30 @@ class ClassStatistics:
     rows back; it is not saved with the state.
     """
 
-    def __init__(self, dim: int, second_order: bool = False, dtype: torch.dtype = torch.float64) -> None:
-        if dim < 1:
+    def __init__(
+        self, dim: int | None = None, second_order: bool = False, dtype: torch.dtype = torch.float64
+    ) -> None:
+        if dim is not None and dim < 1:
             raise BadInput(f"dim must be at least 1, got {dim}")
-        self.dim, self.second_order, self.dtype = dim, second_order, dtype
+        self.second_order, self.dtype, self._given = second_order, dtype, dim
         self.source: Callable[[Ids], tuple[Tensor, Tensor]] | None = None
         self._row: dict[int, int] = {}  # label -> row of the sums
         self._ids: dict[int, Ids] = {}
         self._n = torch.zeros(0, dtype=torch.int64)
-        self._sum = torch.zeros(0, dim, dtype=dtype)
-        self._outer = torch.zeros(0, dim, dim, dtype=dtype) if second_order else None
+        self._empty(dim or 0)
+
+    @property
+    def dim(self) -> int:
+        """Feature size; 0 while it is not known yet."""
+        return int(self._sum.shape[1])
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def add(self, features: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
         """Count rows in. features (B, dim), labels (B,) raw integer labels, ids (B,) int64 or None."""
+        if self.dim == 0 and features.dim() == 2:
+            self._empty(features.shape[1])
         self._check(features, labels, ids)
         if ids is not None:
             fresh = self._fresh(labels, ids)
@@ -165,7 +174,7 @@ class ClassStatistics:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state that :meth:`state_dict` gave; tensors are copied. Raises BadInput if the sizes do not fit."""
-        if state["sum"].shape[1] != self.dim or ("outer" in state) != self.second_order:
+        if self._given not in (None, state["sum"].shape[1]) or ("outer" in state) != self.second_order:
             raise BadInput(
                 f"state of dim {state['sum'].shape[1]} does not fit statistics of dim {self.dim}, "
                 f"second_order={self.second_order}"
@@ -176,6 +185,10 @@ class ClassStatistics:
         self._outer = state["outer"].to(self.dtype, copy=True) if self.second_order else None
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _empty(self, dim: int) -> None:
+        self._sum = torch.zeros(0, dim, dtype=self.dtype)
+        self._outer = torch.zeros(0, dim, dim, dtype=self.dtype) if self.second_order else None
 
     def _check(self, features: Tensor, labels: Tensor, ids: Tensor | None) -> None:
         if features.dim() != 2 or features.shape[1] != self.dim:

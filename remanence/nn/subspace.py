@@ -33,6 +33,9 @@ class Subspace:
     bases; they are computed in float64.
     """
 
+    #: Computed by weights, so it holds what they held; a keeper that has one must have `forgot`.
+    derived = True
+
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
         self.bases: dict[str, Tensor] = {}

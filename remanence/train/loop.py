@@ -78,10 +78,14 @@ def loop(
             if start is not None:
                 u.resume_at = None
                 _restore(u, start)
-            for u.epoch in range(start["epoch"] if start else 0, u.settings.epochs):
+            first = start["epoch"] if start else 0
+            for epoch in range(first, u.settings.epochs):
+                u.epoch = epoch
                 if not start:
                     torch.manual_seed(seed_of(u.seed, u.event, u.phase, "forward", u.epoch))
                 index = torch.tensor(start["index"]) if start else source.index(do.order)
+                if isinstance(index, list):
+                    u.total = max(1, len(index) // u.settings.accumulate) * u.settings.epochs
                 skip = start["batches"] if start else 0
                 start = None
                 for count, batch in enumerate(source.batches(index, skip), skip + 1):
@@ -106,6 +110,8 @@ def loop(
                     if u.checkpoint is not None:
                         u.checkpoint(u, source, index, count)
             u.watch(last=True)
+            if u._restore is not None:  # `prepare` may have moved masked entries before batches without a step
+                u._restore.restore()
             u.keep_carried()
     finally:
         for p, flag in flags:
@@ -256,6 +262,7 @@ def position(u: Update, index: Any, batches: int) -> dict[str, Any]:
         "batches": batches,
         "index": index.tolist(),
         "step": u.step,
+        "steps_done": u.steps_done,
         "pending": u._pending,
         "phases": u._shared["phases"],
         "lr": u.lr,
@@ -277,7 +284,7 @@ def _plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def _restore(u: Update, at: Mapping[str, Any]) -> None:
     from remanence.core.ids import Ids
 
-    u.step, u._pending, u.lr, u.steps_done = at["step"], at["pending"], at["lr"], at["step"]
+    u.step, u._pending, u.lr, u.steps_done = at["step"], at["pending"], at["lr"], at["steps_done"]
     for name, optimizer in u.optimizers.items():
         saved = at["optimizers"][name]
         optimizer.load_state_dict(

@@ -143,6 +143,10 @@ class Step:
 class Owner(Method):
     """What learners and forgetters share: one of them owns a run."""
 
+    def steps(self, u: Update, batch: Batch) -> Iterator[Step]:
+        """The optimizer steps of a batch."""
+        raise NotImplementedError
+
     def predict(self, c: Context, batch: Batch) -> Out:
         """The life's answer to a batch; never learns."""
         return c.problem.forward(c.model, batch)

@@ -191,7 +191,8 @@ class Update(Context):
 
     def _fresh(self) -> None:
         """State of one pass through the loop."""
-        self.epoch, self.step, self.total, self.lr = -1, 0, None, self.settings.lr
+        self.epoch, self.step, self.lr = -1, 0, self.settings.lr
+        self.total: int | None = None
         self.batch: Batch = {}
         self.forget: Batch | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -300,7 +301,7 @@ class Update(Context):
 
         if not len(rows["id"]):
             return batch
-        origin = torch.full((len(rows["id"]),), 1 + self.parts.index(part), dtype=torch.int64)
+        origin = torch.full_like(rows["id"], 1 + self.parts.index(part))
         return cat_batches(batch, {**rows, "origin": origin})
 
     def run(
@@ -338,6 +339,7 @@ class Update(Context):
         )
         phase.metrics = self.metrics if self.epoch < 0 else []
         phase.checkpoint = self.checkpoint if self.epoch < 0 and self._shared["phases"] == 1 else None
+        phase.carried = self.carried if self.epoch < 0 and self._shared["phases"] == 1 else None
         phase._fresh()
         loop(phase, drive, data, set(trainable) if trainable is not None else None, mask, replay)
         self.steps_done = phase.steps_done
@@ -430,35 +432,43 @@ class Update(Context):
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
         every = self.settings.accumulate
-        (loss if every == 1 else loss / every).backward()  # type: ignore[no-untyped-call]
+        (loss if every == 1 else loss / every).backward()
         self._losses.append(loss.detach())
         self._pending = (self._pending + 1) % every
         return self._pending == 0
 
     def advance(self, step: Step, projections: Sequence[Any]) -> None:
-        """Clip, schedule, step, then put masked entries back and let projections edit the step."""
-        if self.settings.clip is not None:
-            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
+        """Schedule, clip, step, then let projections edit the step and put masked entries back."""
         if not self._flat:
             factor = self._schedule.factor(self.step, self.total, self.life_step)
             self.lr = self.settings.lr * factor
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * factor
+        self.before_step(projections)
+        for name, optimizer in self.optimizers.items():
+            if step.by is None or step.by == name:
+                optimizer.step()
+        self.after_step(projections)
+
+    def before_step(self, projections: Sequence[Any]) -> None:
+        """Clip the gradient, and remember the weights for projections."""
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
         if projections:
-            params = list(self.parameters.values())
+            params: list[Tensor] = list(self.parameters.values())
             if not self._before:
                 self._before = [torch.empty_like(p) for p in params]
             with torch.no_grad():
                 torch._foreach_copy_(self._before, params)
-        for name, optimizer in self.optimizers.items():
-            if step.by is None or step.by == name:
-                optimizer.step()
+
+    def after_step(self, projections: Sequence[Any]) -> None:
+        """Projections, then masked entries, so that no projection moves one of these either."""
         if projections:
             with torch.no_grad():
                 for project in projections:
                     project(self, self.parameters, dict(zip(self.parameters, self._before, strict=True)))
-        if self._restore is not None:  # last, so that no projection moves a masked entry either
+        if self._restore is not None:
             self._restore.restore()
         self._outs.clear()
         self.step += 1

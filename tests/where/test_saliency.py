@@ -23,7 +23,7 @@ def naive_mask(model, examples, rho):
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for row in range(len(examples)):
         loss = F.cross_entropy(model(examples["x"][row : row + 1]), examples["y"][row : row + 1])
-        for (name, p), g in zip(
+        for (name, _), g in zip(
             model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
         ):
             total[name] += g / len(examples)
@@ -38,7 +38,7 @@ def naive_mask(model, examples, rho):
 @pytest.mark.fidelity(
     "where/saliency",
     check="naive per-example gradient sum and ranking on digits; entries outside the mask keep their bits",
-    measured="mask equal in 99.99 % of entries (ties of rounding), sum(m) = int(rho N)",
+    measured="masks equal at rho 0.05, 0.5 and 0.9; sum(m) = int(rho N)",
     paper="m_j = 1 for the top rho of |sum grad|",
     differs="examples count equally, also in a ragged last batch",
 )
@@ -110,7 +110,9 @@ def test_purpose_a_tight_mask_changes_the_rest_less(seed):
     free, _ = forgotten(model, RandomLabel(), TRAIN, three)
     held, _ = forgotten(model, RandomLabel(), TRAIN, three, parts=[Saliency(rho=0.1)])
     far = {
-        name: sum(float((p - q).square().sum()) for p, q in zip(m.parameters(), model.parameters(), strict=True))
+        name: sum(
+            float((p - q).detach().square().sum()) for p, q in zip(m.parameters(), model.parameters(), strict=True)
+        )
         for name, m in (("free", free), ("held", held))
     }
     assert far["held"] < 0.8 * far["free"]

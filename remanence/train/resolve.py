@@ -1,0 +1,69 @@
+"""The one resolver: names, mappings and objects become methods; plans, Python calls and people's own loops go through it alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from remanence import catalogue
+from remanence.core.errors import BadInput
+from remanence.core.knobs import build
+from remanence.train.roles import Keeper, Method
+
+M = TypeVar("M", bound=Method)
+
+
+def resolve(verb: str, value: Any, role: type[M]) -> M:
+    """A method from an instance, a slug, or ``{slug: knobs}``.
+
+    Raises:
+        UnknownName: no such method or knob, with the nearest valid spelling.
+        BadInput: a knob out of range, or a method of another role.
+    """
+    if isinstance(value, Method):
+        made: Any = value
+    elif isinstance(value, str | Mapping):
+        if isinstance(value, Mapping) and len(value) != 1:
+            raise BadInput(f"{verb}: give one method as {{slug: knobs}}, not {len(value)} entries")
+        slug, knobs = next(iter(value.items())) if isinstance(value, Mapping) else (value, {})
+        if not isinstance(knobs or {}, Mapping):
+            raise BadInput(f"{verb} {slug}: its knobs are a mapping such as {{strength: 1.0}}, not {knobs!r}")
+        made = build(catalogue.find(verb, str(slug)).load(), knobs or {}, str(slug))
+    else:
+        raise BadInput(f"{verb}: give a slug, {{slug: knobs}} or a method, not {type(value).__name__}")
+    if not isinstance(made, role):
+        raise BadInput(f"{verb}: {type(made).__name__} is no {role.__name__}")
+    return made
+
+
+def resolve_all(verb: str, values: Any, role: type[M]) -> list[M]:
+    """Like `resolve` for a list, a single value or None."""
+    if values is None:
+        return []
+    many = values if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    return [resolve(verb, value, role) for value in many]
+
+
+def check_keepers(keepers: Sequence[Keeper]) -> None:
+    """Refuse keepers that would teach back.
+
+    Raises:
+        BadInput: a keeper stores values computed by weights and cannot rebuild them after a forget.
+    """
+    for keeper in keepers:
+        stores = [v for v in vars(keeper).values() if getattr(v, "derived", False)]
+        if (stores or keeper.computed()) and not hasattr(type(keeper), "forgot"):
+            raise BadInput(
+                f"{keeper.slug} stores values computed by the weights but has no `forgot`, so it would teach forgotten data back"
+            )
+
+
+def named(methods: Sequence[Method], verb: str) -> dict[str, Method]:
+    """``{"keep/replay": method}``, a repeated slug numbered from 2."""
+    found: dict[str, Method] = {}
+    for method in methods:
+        name, count = f"{verb}/{method.slug}", 1
+        while (name if count == 1 else f"{name}#{count}") in found:
+            count += 1
+        found[name if count == 1 else f"{name}#{count}"] = method
+    return found

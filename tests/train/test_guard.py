@@ -1,0 +1,306 @@
+"""A plain PyTorch loop with `rm.guard` gives the same bits as a life's learn events."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import remanence as rm
+from remanence import catalogue
+from remanence.core.errors import BadInput, Corrupt, UnknownName
+from remanence.core.ids import Ids
+from remanence.core.problem import Classification
+from remanence.core.rng import generator
+from remanence.data import Examples, Task
+from remanence.keep.l2 import L2
+from remanence.keep.replay import Replay
+from remanence.learn.finetune import Finetune
+from remanence.life.events import Recipe, learn_event
+from remanence.life.state import State
+from remanence.nn.heads import grow_head
+from remanence.train.guard import OwnLoop
+from remanence.train.roles import Keeper
+from tests.train.helpers import Spy, blobs, network, same
+
+OPTIMIZERS = {"sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.01, "fused": False}), "adamw": (torch.optim.AdamW, {"fused": True})}  # fmt: skip
+LR = 0.05
+
+
+@dataclass
+class Half(Keeper):
+    """Lets half of every step stand, and adds a pull on the output: the hooks that replay, l2 and gpm leave out."""
+
+    def loss(self, u: Any, batch: dict[str, Tensor]) -> Tensor:
+        return 0.1 * sum(p.square().sum() for p in u.parameters.values())  # type: ignore[no-any-return]
+
+    def project(self, u: Any, params: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+        for name, p in params.items():
+            p.sub_(0.5 * (p - before[name]))
+
+
+def protectors() -> list[Any]:
+    return ["replay", {"l2": {"strength": 0.1}}, "gpm"]
+
+
+def as_task(examples: Examples, number: int) -> Task:
+    labels = tuple(examples["y"].unique().tolist())
+    return Task(examples, examples, labels, tuple(map(str, labels)), number)
+
+
+def our_life(
+    model: nn.Module, keepers: list[Keeper], tasks: list[Examples], optimizer: str, carry: bool = False, **knobs: Any
+) -> State:
+    state = State(model, Finetune(), keepers)
+    settings = {"epochs": 3, "batch_size": 16, "lr": LR, "optimizer": {optimizer: OPTIMIZERS[optimizer][1]}, **knobs}
+    for number, examples in enumerate(tasks):
+        recipe = Recipe(number, settings, carry=carry)
+        learn_event(state, as_task(examples, number), recipe, problem=Classification(), seed=5, history=tasks[:number])
+    return state
+
+
+def built(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    cls, knobs = OPTIMIZERS[name]
+    return cls(model.parameters(), lr=LR, **knobs)
+
+
+def same_class_tasks() -> list[Examples]:
+    return [blobs(75, seed=1), blobs(60, seed=2, at=100), blobs(53, seed=3, at=200)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_replay_l2_and_gpm_in_three_added_lines_give_the_bits_of_our_loop(optimizer: str) -> None:
+    model = network()
+    tasks, epochs = same_class_tasks(), 3
+    life = our_life(copy.deepcopy(model), rm_keepers(protectors()), tasks, optimizer, carry=True)
+    step = built(optimizer, model)
+    bare = copy.deepcopy(model)
+    assert not same(life.model, bare)
+
+    u = rm.guard(model, step, keep=protectors(), seed=5)  # added
+    for number, examples in enumerate(tasks):
+        with u.learn(examples):  # added
+            for epoch in range(epochs):
+                order = torch.randperm(len(examples), generator=generator(5, f"learn/{number}", "", "order", epoch))
+                for rows in order.split(16):
+                    batch = u.prepare(examples.batch(rows))  # added
+                    loss = F.cross_entropy(model(batch["x"]), batch["y"]) + u.loss(batch)
+                    step.zero_grad()
+                    loss.backward()
+                    step.step()
+
+    assert same(model, life.model)
+    assert same(u.state_dict()["keep"], {name: k.state_dict() for name, k in life.holders().items() if "keep/" in name})
+
+
+def rm_keepers(specs: list[Any]) -> list[Keeper]:
+    from remanence.train.resolve import resolve_all
+
+    return resolve_all("keep", specs, Keeper)
+
+
+def own_loop(
+    u: OwnLoop, model: nn.Module, tasks: list[Examples], optimizer: str, epochs: int = 3, start: int = 0, clip: bool = False, accumulate: int = 1
+) -> None:  # fmt: skip
+    """A user's loop whose every task has its own optimizer, a head of fixed or growing width, and accumulation."""
+    for number, examples in enumerate(tasks[start:], start):
+        step = built(optimizer, model)
+        with u.learn(examples, step):
+            seen, count = u.classes.seen, 0
+            for u.epoch in range(epochs):  # noqa: B020
+                for rows in torch.randperm(len(examples), generator=u.rng("order")).split(16):
+                    batch = u.prepare(examples.batch(rows))
+                    logits = model(batch["x"])
+                    if len(seen) < logits.shape[1]:
+                        barred = torch.ones(logits.shape[1], dtype=torch.bool).index_fill(0, seen, False)
+                        logits = logits.masked_fill(barred, -torch.inf)
+                        loss = F.cross_entropy(logits, batch["y"], reduction="none").mean() + u.loss(batch)
+                    else:
+                        loss = F.cross_entropy(logits, batch["y"]) + u.loss(batch)
+                    if count % accumulate == 0:
+                        step.zero_grad()
+                    (loss if accumulate == 1 else loss / accumulate).backward()
+                    count += 1
+                    if count % accumulate == 0:
+                        step.step()
+        assert number == start + (number - start)
+
+
+def class_tasks() -> list[Examples]:
+    return [blobs(60, 2, seed=1), blobs(60, 2, seed=2, first=2, at=100), blobs(45, 2, seed=3, first=4, at=200)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("policy", [{"replay": {"per_class": 7}}, {"replay": {"policy": "reservoir", "capacity": 20}}])
+def test_new_classes_under_a_fixed_head_give_the_bits_of_our_loop(optimizer: str, policy: dict[str, Any]) -> None:
+    keep = [policy, {"l2": {"strength": 0.1}}, {"ewc": {"strength": 5.0}}]
+    model = network(6)
+    life = our_life(copy.deepcopy(model), [*rm_keepers(keep), Half()], class_tasks(), optimizer)
+    u = rm.guard(model, built(optimizer, model), keep=[*keep, Half()], seed=5)
+    own_loop(u, model, class_tasks(), optimizer)
+    assert same(model, life.model)
+    assert u.classes.seen.tolist() == life.labels
+
+
+@pytest.mark.parametrize(("clip", "accumulate"), [(0.05, 1), (None, 2), (0.05, 3)])
+def test_clipping_and_accumulation_give_the_bits_of_our_loop(clip: float | None, accumulate: int) -> None:
+    keep = [{"replay": {"policy": "reservoir", "capacity": 20}}, {"l2": {"strength": 0.1}}]
+    model, tasks = network(6), class_tasks()[:2]
+    life = our_life(copy.deepcopy(model), rm_keepers(keep), tasks, "sgd", clip=clip, accumulate=accumulate)
+    u = rm.guard(model, built("sgd", model), keep=keep, seed=5, clip=clip)
+    own_loop(u, model, tasks, "sgd", accumulate=accumulate)
+    assert same(model, life.model)
+
+
+def test_a_head_that_the_user_grows() -> None:
+    tasks, keep = class_tasks(), [{"replay": {"per_class": 7}}, {"l2": {"strength": 0.1}}]
+    model = network(2)
+    life = our_life(copy.deepcopy(model), rm_keepers(keep), tasks, "adamw")
+    u = rm.guard(model, built("adamw", model), keep=keep, seed=5)
+    for number in range(3):
+        if number:
+            from remanence.core.rng import seed_of
+
+            grow_head(model, 2, seed_of(5, f"learn/{number}", "", "head"))
+        own_loop(u, model, tasks[: number + 1], "adamw", start=number)
+    assert same(model, life.model)
+
+
+def test_save_and_go_on_between_tasks() -> None:
+    keep = [{"replay": {"per_class": 5}}, {"l2": {"strength": 0.1}}, "ewc"]
+    whole = network(6)
+    own_loop(rm.guard(whole, built("sgd", whole), keep=keep, seed=5), whole, class_tasks(), "sgd")
+
+    first = network(6)
+    u = rm.guard(first, built("sgd", first), keep=keep, seed=5)
+    own_loop(u, first, class_tasks()[:1], "sgd")
+    saved, values = copy.deepcopy(u.state_dict()), copy.deepcopy(first.state_dict())
+
+    second = network(6, seed=9)
+    second.load_state_dict(values)
+    u = rm.guard(second, built("sgd", second), keep=keep, seed=5)
+    u.load_state_dict(saved)
+    assert len(u.parts[2].holds(Ids([3, 999]))) == 1  # ewc: computed by weights that saw example 3
+    own_loop(u, second, class_tasks(), "sgd", start=1)
+    assert same(second, whole)
+
+    other = rm.guard(second, built("sgd", second), keep=["l2"])
+    with pytest.raises(Corrupt, match="keep/replay"):
+        other.load_state_dict(saved)
+
+
+def test_keepers_of_no_strength_and_a_closed_guard_change_no_bit() -> None:
+    def train(model: nn.Module, u: OwnLoop | None, step: torch.optim.Optimizer) -> nn.Module:
+        data = blobs()
+        for rows in torch.arange(90).split(16):
+            batch = u.prepare(data.batch(rows)) if u else data.batch(rows)
+            loss = F.cross_entropy(model(batch["x"]), batch["y"]) + (u.loss(batch) if u else 0)
+            step.zero_grad()
+            loss.backward()
+            step.step()
+        return model
+
+    plain = network()
+    train(plain, None, built("sgd", plain))
+    guarded = network()
+    step = built("sgd", guarded)
+    u = rm.guard(guarded, step, keep=[Replay(batch_size=0), L2(strength=0.0)])
+    with u.learn(blobs()):
+        train(guarded, u, step)
+    assert same(guarded, plain)
+    spy = Spy()
+    u = rm.guard(guarded, step, keep=[spy])
+    with u.learn([0, 1, 2]):
+        pass
+    train(guarded, None, step)
+    train(plain, None, step_of(plain, step))
+    assert spy.calls == ["begin", "end"]
+
+
+def step_of(model: nn.Module, like: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    made = built("sgd", model)
+    made.load_state_dict(copy.deepcopy(like.state_dict()))
+    return made
+
+
+def test_hooks_in_order_once_per_step_and_only_while_a_task_is_open() -> None:
+    model, spy = network(), Spy()
+    step = built("sgd", model)
+    u = rm.guard(model, step, keep=spy)
+    batch = blobs(8).batch(torch.arange(8))
+    for _ in range(2):
+        with u.learn([0, 1, 2]):
+            spy.calls.clear()
+            for _ in range(2):
+                prepared = u.prepare(batch)
+                F.cross_entropy(model(prepared["x"]), prepared["y"]).backward()
+                expected = [p.detach() - q for p, q in zip(model.parameters(), looked(u, model), strict=True)]
+                step.step()
+            assert [torch.allclose(e, e) for e in expected]
+        assert spy.calls == ["prepare", "gradient", "project", "after"] * 2 + ["end"]
+    step.step()
+    assert spy.calls[-1] == "end"
+
+
+def looked(u: OwnLoop, model: nn.Module) -> list[Tensor]:
+    """`lookahead` fires no hook of ours."""
+    calls = len(u.parts[0].calls)  # type: ignore[attr-defined]
+    change = u.lookahead()
+    assert len(u.parts[0].calls) == calls  # type: ignore[attr-defined]
+    return change
+
+
+def test_an_error_in_the_loop_leaves_no_hook_behind() -> None:
+    model, spy = network(), Spy()
+    step = built("sgd", model)
+    u = rm.guard(model, step, keep=spy)
+    with pytest.raises(ZeroDivisionError), u.learn([0]):
+        1 / 0  # noqa: B018
+    step.step()
+    assert spy.calls == ["begin"]
+    with u.learn([0]):
+        pass
+
+
+def test_wrong_use_is_refused_with_what_to_do() -> None:
+    model = network()
+    step = built("sgd", model)
+    with pytest.raises(UnknownName, match="did you mean 'replay'"):
+        rm.guard(model, step, keep=["replai"])
+
+    @dataclass
+    class Orders(Keeper):
+        def order(self, u: Any, index: Tensor) -> Tensor:
+            return index
+
+    with pytest.raises(BadInput, match=r"Life\.learn"):
+        rm.guard(model, step, keep=[Orders()])
+    u = rm.guard(model, step, keep=["ewc"])
+    batch = blobs(8).batch(torch.arange(8))
+    with pytest.raises(BadInput, match=r"u\.learn"):
+        u.prepare(batch)
+    with pytest.raises(BadInput, match=r"u\.learn\(examples\)"), u.learn([0, 1]):
+        u.prepare(batch)
+    with u.learn(blobs(8)), pytest.raises(BadInput, match="still open"), u.learn([1]):
+        pass
+    with u.learn(blobs(8)):
+        with pytest.raises(BadInput, match="between two tasks"):
+            u.state_dict()
+        u.prepare(batch)
+        with pytest.raises(BadInput, match="closure"):
+            step.step(lambda: 0.0)
+
+
+def test_the_parts_that_a_guard_can_take_are_those_without_order_or_structure() -> None:
+    model = network()
+    for part in catalogue.parts(verb="keep"):
+        try:
+            cls = part.load()
+        except ModuleNotFoundError:
+            continue
+        rm.guard(model, built("sgd", model), keep=[cls()])
