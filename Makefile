@@ -1,4 +1,4 @@
-# make run | test | test-slow | lint | stubs | clean        needs python3 (3.11 or newer), git and make; everything else goes into .venv
+# make run | test | test-slow | lint | generated | clean        needs python3 (3.11 or newer), git and make; everything else goes into .venv
 #
 # VENV=path puts the environment elsewhere, PYTHON=python3.12 takes another interpreter, ARGS="..." goes to the command or to pytest.
 
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find remanence -type f -not -name '*.pyc' 2>/dev/null)
 
-.PHONY: run test test-slow lint stubs clean
+.PHONY: run test test-slow lint generated clean
 
 run: $(VENV)/.user
 	@$(BIN)/remanence run examples/digits.yaml $(ARGS)
@@ -27,8 +27,10 @@ lint: $(VENV)/.dev
 	@$(BIN)/mypy --strict remanence tools
 	@$(BIN)/lint-imports --no-logo
 
-stubs: $(VENV)/.dev
+# What is written from the catalogue and the tests.
+generated: $(VENV)/.dev
 	@$(BIN)/python tools/stubs.py
+	@$(BIN)/python tools/fidelity.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -30,6 +30,7 @@ CODES = (
     "Exit codes: 0 done; 1 an event failed or was refused, and what was done before it stays; 2 something given cannot be "
     "used, and nothing was done with it; 130 interrupted; 141 the reader of the output went away."
 )
+REPEATED = "    \u2013 asked before, and nothing of it came since: the earlier receipt stands"
 VERIFY_CODES = "Exit codes: 0 consistent; 1 altered; 2 unknown signer, or the receipt could not be read."
 
 app = typer.Typer(
@@ -51,14 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         typer.main.get_command(app)(args=argv, prog_name="remanence")
     except SystemExit as stop:
-        code = stop.code
-    else:  # pragma: no cover (the command always ends by SystemExit)
-        code = 0
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = _pipe_closed()
-    return code if isinstance(code, int) else FAILED
+        return stop.code if isinstance(stop.code, int) else FAILED
+    return 0  # pragma: no cover (the command always ends by SystemExit)
 
 
 def _pipe_closed() -> int:
@@ -150,43 +145,39 @@ class _Bar:
 
     def __init__(self, quiet: bool) -> None:
         self.shown = not quiet and _console(stderr=True).is_terminal
+        self.words = ""
         self._bar: Any = None
 
-    def __call__(self, u: Update, loss: float) -> None:
+    def begin(self, words: str) -> None:
+        """Show that the event `words` is going on."""
         if not self.shown:
             return
-        if self._bar is None:
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                SpinnerColumn,
-                TextColumn,
-                TimeElapsedColumn,
-            )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[loss]}"),
-                TimeElapsedColumn(),
-                console=_console(stderr=True),
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._bar.add_task("", total=None, loss="")
-            self._bar.start()
-        what = f"learn task {u.task.id}" if u.kind == "learn" and u.task is not None else f"forget by {u.owner.slug}"
-        at_end = u.total is not None and u.step >= u.total
+        self.words = words
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            console=_console(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._bar.add_task(words, total=None, loss="")
+        self._bar.start()
+
+    def __call__(self, u: Update, loss: float) -> None:
+        if self._bar is None:
+            return
+        what = self.words
+        if what.startswith("forget") and u.kind == "learn":
+            what += ": retraining" + (f" task {u.task.id}" if u.task is not None else "")
         self._bar.update(
-            self._bar.task_ids[0],
-            description=f"{what}: measuring" if at_end else what,
-            total=u.total,
-            completed=u.step,
-            loss=f"loss {loss:.3f}",
+            self._bar.task_ids[0], description=what, total=u.total, completed=u.step, loss=f"loss {loss:.3f}"
         )
 
     def clear(self) -> None:
@@ -299,12 +290,12 @@ def _go_on(life: Life, bar: _Bar, quiet: bool, plan: Any = None, stream: Any = N
             if quiet:
                 return
             if len(life.events) == done:
-                _print("    \u2013 asked before, and nothing of it came since: the earlier receipt stands")
+                _print(REPEATED)
             else:
                 _after(life, len(life.events) + len(remaining(life, plan)))
             done = len(life.events)
 
-        continue_plan(life, after, plan, stream)
+        continue_plan(life, after, plan, stream, before=bar.begin)
         bar.clear()
         _closing(life, quiet)
 
@@ -353,6 +344,10 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Live the life that a plan describes; one that was stopped goes on where it was."""
+    from remanence.life.yaml import read
+
+    read(plan)  # a file that is missing or no YAML is said at once, before anything heavy is loaded
+
     from remanence.life.run import open_plan
 
     bar = _Bar(quiet)
@@ -475,12 +470,13 @@ def forget(
         if left := len(remaining(life, load_plan(life.home / "plan.yaml"))):
             raise BadInput(f"{left} events of the plan have not happened yet; first: remanence resume {home}")
         count = len(life.events)
+        bar.begin(f"forget {request.plain()} by {by}")
         life.forget(
             request, by=parse(by, "--by").data, verify={"retrain": {"seeds": references}} if references else None
         )
         bar.clear()
-        if not quiet and len(life.events) > count:
-            _after(life, len(life.events))
+        if not quiet:
+            _after(life, len(life.events)) if len(life.events) > count else _print(REPEATED)
         life.report()
         _closing(life, quiet)
 

@@ -231,6 +231,7 @@ class Life:
         model: Any = None,
         data: Stream | Sequence[Task] | None = None,
         *,
+        parts: Sequence[type[Method]] = (),
         allow_drift: bool = False,
         ledger: str | None = None,
         progress: Progress | None = None,
@@ -241,6 +242,7 @@ class Life:
             model: the initial network, as it was given then; a life run from a plan builds it itself.
             data: the tasks learned so far (a stream, or tasks in order); a life run from a plan makes them itself.
                 Without them the life can answer and be traced, but not retrain or rebuild statistics.
+            parts: classes of your own that the life uses and that are in no catalogue.
             allow_drift: go on although versions, threads or the processor differ; it is recorded that results are not exact.
 
         Raises:
@@ -249,7 +251,10 @@ class Life:
             Drift: the surroundings differ and `allow_drift` is False.
         """
         from remanence.life.run import model_and_data
+        from remanence.train.resolve import know
 
+        for part in parts:
+            know(part)
         home = Path(home).resolve()
         if not (home / "ledger.db").exists() and ledger is None:
             raise BadInput(f"{home} holds no life (no ledger.db)")

@@ -26,7 +26,6 @@ from remanence.life.report_words import (
     listed,
     number,
     percent,
-    size,
     standings,
     task_name,
     worst,
@@ -66,41 +65,32 @@ def render_table(data: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _table(*columns: tuple[str, bool]) -> Table:
-    """A plain table; a column is (heading, whether it holds figures)."""
+def _table(*columns: tuple[str, bool] | tuple[str, bool, int]) -> Table:
+    """A plain table; a column is (heading, whether it holds figures, and the width below which it is never squeezed)."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
-    for heading, right in columns:
-        table.add_column(Text(heading), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for heading, right, *width in columns:
+        narrowest = width[0] if width else None
+        table.add_column(
+            Text(heading), justify="right" if right else "left", no_wrap=right, overflow="fold", min_width=narrowest
+        )
     return table
 
 
 def _events(report: ReportData) -> Table:
+    """One row per event: how accurate each task was after it, in per cent."""
     names = [task_name(task["names"], task["id"]) for task in report["tasks"]]
-    table = _table(
-        ("#", True),
-        ("event", False),
-        ("by", False),
-        *[(name, True) for name in names],
-        ("time", True),
-        ("memory", True),
-        ("", False),
-    )
-    for i, (event, row) in enumerate(zip(report["events"], report["matrix"], strict=True)):
-        held = [holder["over_time"][i] for holder in report["holders"] if i < len(holder["over_time"])]
-        cells = [
-            Text("·" if value is None else f"{100 * value:.1f}", style="dim" if value is None else "") for value in row
-        ]
-        status = event["status"]
-        said = Text(f"{STATUS_GLYPHS.get(status, '?')} {status}", style="" if status == "done" else "bold yellow")
-        label = Text(event["label"], style="bold" if event["kind"] == "forget" else "")
+    table = _table(("#", True), ("event", False, 20), *[(name, True) for name in names], ("time", True), ("", False, 2))
+    for event, row in zip(report["events"], report["matrix"], strict=True):
+        cells = [Text("·", style="dim") if value is None else Text(f"{100 * value:.1f}") for value in row]
+        status, forgets = event["status"], event["kind"] == "forget"
+        said = STATUS_GLYPHS.get(status, "?") + ("" if status == "done" else f" {status}")
+        label = Text.assemble((event["label"], "bold" if forgets else ""), (f" · {event['by']}", "dim"))
         table.add_row(
             Text(str(event["seq"])),
             label,
-            Text(event["by"]),
             *cells,
             Text(duration(event["seconds"])),
-            Text(size(sum(held)) if held else DASH),
-            said,
+            Text(said, style="" if status == "done" else "bold yellow"),
         )
     return table
 
@@ -132,8 +122,13 @@ def _receipt(receipt: ReceiptData) -> Group:
         where = list(dict.fromkeys(row["holder"] for row in receipt["done"] if row["state"] == state))
         lines.append(Text.assemble("  then, at worst: ", _state(state), f" in {listed(where)}"))
     if receipt["evidence"]:
+        n = max(cell["n"] for cell in receipt["evidence"])
         table = _table(
-            ("  figure", False), ("after", True), ("do nothing", True), ("retrained", True), ("reading", False)
+            ("  figure", False, 20),
+            ("after", True),
+            ("do nothing", True),
+            (f"retrained (n={n})", True),
+            ("reading", False, 16),
         )
         for cell in receipt["evidence"]:
             mean = number(cell["reference_mean"])
@@ -143,7 +138,7 @@ def _receipt(receipt: ReceiptData) -> Group:
                 f"  {cell['metric']}",
                 number(cell["after"]),
                 number(cell["nothing"]),
-                f"{mean} (n={cell['n']})",
+                mean if cell["n"] == n else f"{mean} (n={cell['n']})",
                 cell["verdict"],
             )
             table.add_row(*[Text(word) for word in row])
@@ -158,7 +153,9 @@ def _receipt(receipt: ReceiptData) -> Group:
 
 
 def _trace(stand: Sequence[Standing]) -> Table:
-    table = _table(("request", False), ("state now", False), ("holder", False), ("n", True), ("why", False))
+    table = _table(
+        ("request", False, 9), ("state now", False, 11), ("holder", False, 11), ("n", True), ("why", False, 20)
+    )
     for item in stand:
         name = asked(item.event["label"])
         for k, row in enumerate(item.rows):

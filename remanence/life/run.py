@@ -124,13 +124,18 @@ def open_plan(
 
 
 def continue_plan(
-    life: Life, after: After | None = None, plan: Plan | None = None, stream: Stream | None = None
+    life: Life,
+    after: After | None = None,
+    plan: Plan | None = None,
+    stream: Stream | None = None,
+    before: Callable[[str], None] | None = None,
 ) -> None:
     """Live the events of the life's plan that have not happened yet, then write the report.
 
     Args:
         after: called after each event.
         plan, stream: if they were made already. A home's copy of a plan may not run code; the user's own may.
+        before: called before each event with what it is, in words.
     """
     plan = plan or load_plan(life.home / "plan.yaml")
     stream = build_stream(plan) if stream is None else stream
@@ -139,9 +144,14 @@ def continue_plan(
         count = len(life.events)
         if event.kind == "learn":
             number = options.pop("task")
+            if before is not None:
+                before(f"learn task {number}")
             life.learn(stream[number], **{**plan.train.given(), **options})
         else:
-            life.forget(Request(**options.pop("request")), **options)
+            request = Request(**options.pop("request"))
+            if before is not None:
+                before(f"forget {request.plain()} by {next(iter(options['by']))}")
+            life.forget(request, **options)
         if len(life.events) == count:
             # A repeated request is answered by its earlier receipt: no event of the life, yet one of the plan.
             with life._ledger.begin() as tx:

@@ -44,9 +44,8 @@ class State:
             if hasattr(part, "structure"):
                 gained = part.structure(u)
                 if gained:
-                    verb = "learn" if isinstance(part, Learner) else type(part).__module__.split(".")[-2]
                     self.model = u.model = part.attach(self.model, gained).to(u.device)
-                    self.structures.append({"verb": verb, "part": part.spec(), "structure": gained})
+                    self.structures.append({"verb": part.verb, "part": part.spec(), "structure": gained})
 
     def pack(self) -> dict[str, Any]:
         """Nested dicts of tensors and JSON values."""

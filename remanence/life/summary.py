@@ -49,9 +49,9 @@ def summary(life: Life) -> dict[str, Any]:
 def _planned(life: Life) -> int:
     if life._plan is None or life._plan.startswith("# removed"):
         return 0
-    from remanence.life.plan import parse_plan
+    from remanence.life.yaml import parse
 
-    return len(parse_plan(life._plan, "plan.yaml").events)
+    return len(parse(life._plan, "plan.yaml").data["events"])  # checked when it was run; only counted here
 
 
 def asked_plain(life: Life, number: int) -> str:

@@ -26,11 +26,11 @@ def grow_head(model: nn.Module, rows: int, seed: int) -> nn.Module:
         )
     rng, bound = generator(seed, "head", old.out_features), old.in_features**-0.5
     new = empty_linear(old.in_features, old.out_features + rows, old.bias is not None, old.weight)
-    new.weight.requires_grad_(old.weight.requires_grad)
     with torch.no_grad():
         for target, source in zip(new.parameters(), old.parameters(), strict=True):
             fresh = torch.empty((rows, *source.shape[1:])).uniform_(-bound, bound, generator=rng)
             target.copy_(torch.cat([source, fresh.to(source)]))
+            target.requires_grad_(source.requires_grad)
     return replace_module(model, name, new.train(old.training))
 
 

@@ -29,9 +29,7 @@ class ClassStatistics:
     rows back; it is not saved with the state.
     """
 
-    def __init__(
-        self, dim: int | None = None, second_order: bool = False, dtype: torch.dtype = torch.float64
-    ) -> None:
+    def __init__(self, dim: int | None = None, second_order: bool = False, dtype: torch.dtype = torch.float64) -> None:
         if dim is not None and dim < 1:
             raise BadInput(f"dim must be at least 1, got {dim}")
         self.second_order, self.dtype, self._given = second_order, dtype, dim
@@ -108,23 +106,27 @@ class ClassStatistics:
 
     def counts(self, labels: Sequence[int] | None = None) -> Tensor:
         """(len(labels),) int64 numbers of rows."""
-        return self._n[self._rows(labels)]
+        found: Tensor = self._n[self._rows(labels)]
+        return found
 
     def sums(self, labels: Sequence[int] | None = None) -> Tensor:
         """(len(labels), dim) sums."""
-        return self._sum[self._rows(labels)]
+        found: Tensor = self._sum[self._rows(labels)]
+        return found
 
     def means(self, labels: Sequence[int] | None = None) -> Tensor:
         """(len(labels), dim) class means, in the order of ``labels`` (None: all). Raises BadInput for a label without
         rows."""
         rows = self._rows(labels)
-        return self._sum[rows] / self._n[rows].to(self.dtype).unsqueeze(1)
+        means: Tensor = self._sum[rows] / self._n[rows].to(self.dtype).unsqueeze(1)
+        return means
 
     def outer(self, labels: Sequence[int] | None = None) -> Tensor:
         """(len(labels), dim, dim) sums of z z'. Raises BadInput unless ``second_order``."""
         if self._outer is None:
             raise BadInput("these statistics keep no second moments; pass second_order=True")
-        return self._outer[self._rows(labels)]
+        found: Tensor = self._outer[self._rows(labels)]
+        return found
 
     def covariances(self, labels: Sequence[int] | None = None) -> Tensor:
         """(len(labels), dim, dim) class covariances, divided by n (not n - 1)."""
@@ -163,7 +165,7 @@ class ClassStatistics:
     def bytes(self) -> int:
         """Bytes of the sums, counts and ids."""
         tensors = [self._n, self._sum] + ([] if self._outer is None else [self._outer])
-        return sum(t.numel() * t.element_size() for t in tensors) + sum(8 * len(ids) for ids in self._ids.values())
+        return int(sum(t.nbytes for t in tensors)) + sum(8 * len(ids) for ids in self._ids.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything as tensors and JSON values, labels in order of first arrival."""

@@ -72,7 +72,8 @@ class OwnLoop(Update):
         super().__init__(**self._fixed, data=self._pick, labels=labels, new_labels=new, task=task, event=f"learn/{self._tasks}", life_step=step)  # fmt: skip
         seen, fresh = (torch.tensor(columns, dtype=torch.int64, device=self.device) for columns in (labels, new))
         self.classes = Classes(seen, fresh, seen[~torch.isin(seen, fresh)])
-        self.optimizers, self._unfinished, self._rows, self.ids = {"main": self._optimizer}, False, 0, ids
+        self.optimizers, self._rows, self.ids = {"main": self._optimizer}, 0, ids
+        self._unfinished: int | None = None
         for part in self.parts:
             part.inputs = ids
 

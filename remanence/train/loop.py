@@ -105,7 +105,8 @@ def loop(
                     u._outs.clear()
                     for metric in u.metrics:
                         if u.step % metric.every == 0:
-                            metric.value(u)
+                            with u.aside():
+                                metric.value(u)
                     u.watch()
                     if u.checkpoint is not None:
                         u.checkpoint(u, source, index, count)
@@ -266,6 +267,7 @@ def position(u: Update, index: Any, batches: int) -> dict[str, Any]:
         "pending": u._pending,
         "phases": u._shared["phases"],
         "lr": u.lr,
+        "features": u._features,
         "grads": {name: p.grad for name, p in u.parameters.items() if p.grad is not None} if u._pending else {},
         "optimizers": {name: _plain_state(optimizer) for name, optimizer in u.optimizers.items()},
         "rngs": {f"{name}\x1f{epoch}": rng.get_state() for (name, epoch), rng in u._rngs.items()},
@@ -285,6 +287,7 @@ def _restore(u: Update, at: Mapping[str, Any]) -> None:
     from remanence.core.ids import Ids
 
     u.step, u._pending, u.lr, u.steps_done = at["step"], at["pending"], at["lr"], at["steps_done"]
+    u._features = at["features"]  # else the first batch is forwarded twice, and dropout drawn twice
     for name, optimizer in u.optimizers.items():
         saved = at["optimizers"][name]
         optimizer.load_state_dict(

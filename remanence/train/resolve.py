@@ -12,6 +12,10 @@ from remanence.train.roles import Keeper, Method
 
 M = TypeVar("M", bound=Method)
 
+#: Classes that the catalogue does not list, by verb and slug, from the objects that were given: a life builds its parts again
+#: by name (for a reference, after a crash).
+_given: dict[tuple[str, str], type[Method]] = {}
+
 
 def resolve(verb: str, value: Any, role: type[M]) -> M:
     """A method from an instance, a slug, or ``{slug: knobs}``.
@@ -22,18 +26,30 @@ def resolve(verb: str, value: Any, role: type[M]) -> M:
     """
     if isinstance(value, Method):
         made: Any = value
+        know(type(value))
     elif isinstance(value, str | Mapping):
         if isinstance(value, Mapping) and len(value) != 1:
             raise BadInput(f"{verb}: give one method as {{slug: knobs}}, not {len(value)} entries")
         slug, knobs = next(iter(value.items())) if isinstance(value, Mapping) else (value, {})
         if not isinstance(knobs or {}, Mapping):
             raise BadInput(f"{verb} {slug}: its knobs are a mapping such as {{strength: 1.0}}, not {knobs!r}")
-        made = build(catalogue.find(verb, str(slug)).load(), knobs or {}, str(slug))
+        made = build(_class(verb, str(slug)), knobs or {}, str(slug))
     else:
         raise BadInput(f"{verb}: give a slug, {{slug: knobs}} or a method, not {type(value).__name__}")
     if not isinstance(made, role):
         raise BadInput(f"{verb}: {type(made).__name__} is no {role.__name__}")
     return made
+
+
+def know(cls: type[Method]) -> None:
+    """Remember a class for its slug, unless the catalogue lists it."""
+    if not any(part.name == cls.__name__ and part.module == cls.__module__ for part in catalogue.every()):
+        _given[cls.verb, catalogue.slug_of(cls)] = cls
+
+
+def _class(verb: str, slug: str) -> type[Any]:
+    listed = any(part.verb == verb and part.slug == slug for part in catalogue.every())
+    return _given[verb, slug] if not listed and (verb, slug) in _given else catalogue.find(verb, slug).load()
 
 
 def resolve_all(verb: str, values: Any, role: type[M]) -> list[M]:

@@ -34,6 +34,9 @@ class Method:
     Attributes that begin with an underscore are scratch: made in `begin`, gone after the event.
     """
 
+    #: The catalogue's verb for this role.
+    verb: ClassVar[str] = ""
+
     def __post_init__(self) -> None:
         check_knobs(self)
         #: The ids whose weights made this method's computed values; kept by the life.
@@ -160,6 +163,8 @@ class Owner(Method):
 class Learner(Owner):
     """Takes new data in. The default learns by `objective` in the one loop and grows the head for new classes."""
 
+    verb: ClassVar[str] = "learn"
+
     #: Whether learning moves the network's weights; where not, only the learner itself holds what was learned.
     moves_weights: ClassVar[bool] = True
 
@@ -208,6 +213,8 @@ class Outcome:
 class Forgetter(Owner):
     """Removes a request from the weights."""
 
+    verb: ClassVar[str] = "forget"
+
     #: Training defaults of the method, used where the request names none.
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 1,
@@ -231,10 +238,14 @@ class Forgetter(Owner):
 class Keeper(Method):
     """Protects the old while the new is learned. A keeper that stores computed values must have `forgot`."""
 
+    verb: ClassVar[str] = "keep"
+
 
 @dataclass
 class Where(Method):
     """Says where a run may write: `trainable(u)` names, `mask(u)` of entries, or `project`."""
+
+    verb: ClassVar[str] = "where"
 
 
 @dataclass
@@ -248,6 +259,8 @@ class Guard(Method):
 @dataclass
 class Metric(Method):
     """A figure. With a knob `every` = k it is called after every k-th step of the loop, too."""
+
+    verb: ClassVar[str] = "measure"
 
     def value(self, c: Context) -> dict[str, float]:
         raise NotImplementedError

@@ -198,7 +198,7 @@ class Update(Context):
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self._rngs: dict[tuple[str, int], torch.Generator] = {}
         self._outs: dict[int, tuple[Batch, Out]] = {}
-        self._losses: list[Tensor] = []
+        self._losses: list[tuple[int, Tensor]] = []
         self._features, self._pending, self._next_report = False, 0, 0.0
         self._restore: Restore | None = None
         self._before: list[Tensor] = []
@@ -400,10 +400,14 @@ class Update(Context):
         """Optimizer state of the event before, for parameters that still have their shape."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         for optimizer in self.optimizers.values():
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for p in params:
                 state = carried.get(names.get(id(p), ""), {})
                 if all(not v.dim() or v.shape == p.shape for v in state.values()):
                     optimizer.state[p] = {key: value.clone() for key, value in state.items()}
+            if any("momentum_buffer" in state for state in optimizer.state.values()):
+                for p in params:  # fused SGD takes momentum of all its parameters or of none
+                    optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
     def keep_carried(self) -> None:
         """Write the optimizers' state, by parameter name, for the next event."""
@@ -433,7 +437,7 @@ class Update(Context):
                 optimizer.zero_grad(set_to_none=True)
         every = self.settings.accumulate
         (loss if every == 1 else loss / every).backward()
-        self._losses.append(loss.detach())
+        self._losses.append((self.step, loss.detach()))
         self._pending = (self._pending + 1) % every
         return self._pending == 0
 
@@ -483,12 +487,12 @@ class Update(Context):
         if len(self._losses) < _WATCH and not last:
             return
         if self._losses:
-            losses = torch.stack(self._losses)
+            losses = torch.stack([loss for _, loss in self._losses])
             finite = torch.isfinite(losses)
             if not bool(finite.all()):
-                first = self.step - len(losses) + int((~finite).int().argmax())
+                step, loss = self._losses[int((~finite).int().argmax())]
                 raise NotFinite(
-                    f"the loss became {float(losses[~finite][0])} at step {first} of {self.event}; try a smaller lr or clip=1.0"
+                    f"the loss became {float(loss)} at step {step} of {self.event}; try a smaller lr or clip=1.0"
                 )
             now = time.monotonic()
             if self.progress is not None and (now >= self._next_report or last):

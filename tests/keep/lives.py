@@ -19,7 +19,7 @@ from remanence.train.roles import Keeper, Learner
 from remanence.train.settings import Settings
 from remanence.train.update import Update
 
-SGD = {"optimizer": {"sgd": {"momentum": 0.9}}, "lr": 0.05, "batch_size": 32, "epochs": 5}
+SGD = {"optimizer": "sgd", "lr": 0.1, "batch_size": 32, "epochs": 5}
 
 
 @lru_cache
@@ -32,7 +32,11 @@ class Lived:
     """A state and its history; `learn` adds an event, `forget` purges ids and lets every part rebuild."""
 
     def __init__(
-        self, keep: list[Keeper] | None = None, model: nn.Module | None = None, learner: Learner | None = None, seed: int = 0
+        self,
+        keep: list[Keeper] | None = None,
+        model: nn.Module | None = None,
+        learner: Learner | None = None,
+        seed: int = 0,
     ) -> None:
         model = mlp(64, [64], seed=seed) if model is None else model
         self.state, self.seed = State(model, learner or Finetune(), list(keep or [])), seed
@@ -70,10 +74,12 @@ class Lived:
             part.purge(ids)
         for part in self.state.holders().values():
             if hasattr(type(part), "forgot"):
-                part.forgot(self._update("forgot", history), ids)
+                part.forgot(self.update("forgot", history), ids)
             part.inputs = part.inputs - ids
 
-    def _update(self, kind: str, history: list[Examples]) -> Update:
+    def update(self, kind: str = "learn", history: list[Examples] | None = None) -> Update:
+        """An update outside the loop, to call single hooks with."""
+        history = [t.train for t in self.tasks] if history is None else history
         return Update(
             model=self.model,
             problem=self.problem,
@@ -103,4 +109,3 @@ def same(a: Any, b: Any) -> bool:
     """Equal names, and every tensor equal bit for bit."""
     a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-

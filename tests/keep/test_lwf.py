@@ -12,10 +12,9 @@ from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
 from remanence.core.problem import Regression
 from remanence.core.rng import generator
-from remanence.data import Examples, Request, Task
+from remanence.data import Request
 from remanence.forget.catastrophic import Catastrophic
 from remanence.keep.lwf import LwF
-from remanence.learn.finetune import Finetune
 from remanence.models import mlp
 from remanence.train.loop import forget
 from tests.keep.helpers import NEW, Course, rows, same, shaken, state, stream, update
@@ -144,7 +143,7 @@ def test_strength_zero_is_plain_bce_finetuning_bit_for_bit():
             order = torch.randperm(len(task.train), generator=generator(0, f"learn/{number}", "", "order", epoch))
             for picked in order.split(64):
                 batch = task.train.batch(picked)
-                new = slice(2 * number, 2 * number + 2)
+                new = torch.arange(2 * number, 2 * number + 2)
                 logits, y = naive(batch["x"])[:, new], F.one_hot(batch["y"], 10)[:, new].float()
                 optimizer.zero_grad()
                 F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(1).mean().backward()
@@ -210,12 +209,11 @@ def test_order_on_the_digits(seed):
     assert found["predkd+l2"] > found["bce"] + 0.02
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_better_than_nothing(seed):
-    """Two tasks, a softmax over all classes seen: QUICK"""
+def test_better_than_nothing():
+    """The same for one seed, without the rows of the table that others test: measured BCE 0.32, PredKD 0.38."""
     found = {}
     for keep in ((), "lwf"):
-        course = Course(keep, hidden=(64,), seed=seed, epochs=5)
-        course.learn(*stream(2))
-        found[keep] = course.accuracies()
-    print(found)
+        course = Course(keep, NEW, "sigmoid", hidden=(256, 256), epochs=10, batch_size=16)
+        course.learn(*stream())
+        found[keep] = course.accuracy()
+    assert found["lwf"] > found[()] + 0.02

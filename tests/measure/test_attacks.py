@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from remanence.core.errors import BadInput, UnknownName
@@ -174,16 +175,19 @@ def test_matched_nonmembers_keep_the_proportions_and_count_what_is_missing():
 
 
 def test_logistic_attack_is_cross_fitted():
-    """Members and non-members of one distribution give about .5 (a model scored on its own data would give more); shifted ones do not."""
-    values = []
-    for seed in range(6):
-        (a, y), (b, z) = answers(60, 5, seed), answers(60, 5, 100 + seed)
+    """Members and non-members of one distribution give about .5 (scored on the data it was fitted on, the model gives .6 and more)."""
+    values, fitted = [], []
+    for seed in range(20):
+        (a, y), (b, z) = answers(25, 5, seed), answers(25, 5, 100 + seed)
         values.append(attacks.auc(*attacks.logistic(a, y, b, z)).value)
-    assert abs(np.mean(values) - 0.5) < 0.06
+        x, target = np.r_[attacks.features(a, y), attacks.features(b, z)], np.r_[np.ones(25), np.zeros(25)]
+        scores = LogisticRegression(max_iter=1000).fit(x, target).decision_function(x)
+        fitted.append(roc_auc_score(target, scores))
+    assert 0.4 < np.mean(values) < 0.54 and np.mean(fitted) > 0.58
     (a, y), (b, z) = answers(80, 5, 0), answers(80, 5, 1)
     a[np.arange(80), y] += 4
     one = attacks.logistic(a, y, b, z)
-    assert attacks.auc(*one).value > 0.8 and [len(side) for side in one] == [80, 80]
+    assert attacks.auc(*one).value > 0.7 and [len(side) for side in one] == [80, 80]
     np.testing.assert_array_equal(one[0], attacks.logistic(a, y, b, z)[0])
     with pytest.raises(BadInput):
         attacks.logistic(a[:1], y[:1], b, z)
@@ -223,4 +227,5 @@ def test_purpose_an_overfitted_network_gives_its_members_away():
             inside, outside = model(members["x"]), model(others["x"])
         for name, row in attacks.audit(inside, members["y"], outside, others["y"]).items():
             assert row["low"] > 0.6 if learned else row["low"] < 0.5 < row["high"], name
-        taught(model, members, epochs=60, batch_size=16, lr=3e-3)
+        if not learned:
+            taught(model, members, epochs=60, batch_size=30, lr=5e-3)

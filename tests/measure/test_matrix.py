@@ -64,7 +64,7 @@ def test_against_loops_on_random_lives(seed):
     rng = np.random.default_rng(seed)
     tasks = int(rng.integers(2, 6))
     rows = tasks + int(rng.integers(0, 3))
-    learned = sorted(rng.choice(rows - 1, tasks - 1, replace=False).tolist()) + [rows - 1]
+    learned = [*sorted(rng.choice(rows - 1, tasks - 1, replace=False).tolist()), rows - 1]
     r = rng.random((rows, tasks))
     if seed % 2:
         for j in range(tasks):

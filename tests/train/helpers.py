@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,8 @@ def same(a: Any, b: Any) -> bool:
 class Spy(Keeper):
     """Writes down what the loop calls, and the ids it saw."""
 
+    name: ClassVar[str] = "spy"
+
     draws: bool = False
     calls: list[str] = field(default_factory=list)
     drawn: list[float] = field(default_factory=list)
@@ -121,7 +123,7 @@ class Spy(Keeper):
         self.calls.append("prepare")
         self.batches.append(batch["id"].tolist())
         if self.draws:
-            self.drawn.append(float(torch.rand((), generator=u.rng("spy"))))
+            self.drawn.append(float(torch.rand((), generator=u.rng(self.name))))
             torch.rand(5)  # a part that uses torch's own generator
         return batch
 

@@ -15,7 +15,10 @@ class Accuracy(Metric):
         AA_k = 1/k sum_{j<=k} a_{k,j}
 
     In [0, 1], higher is better. A regression has no accuracy: its figures are ``mse/<task>`` and ``mse``, lower is
-    better. A task without test examples (all forgotten) is left out. Source: Wang et al. 2024, arXiv 2302.00487.
+    better. A task without test examples (all forgotten) is left out.
+
+    Pick it always: it is the figure that every other is read beside. Needs: a test set per task, labels or targets.
+    Reference: Wang et al. 2024, "A Comprehensive Survey of Continual Learning", arXiv 2302.00487.
     """
 
     def value(self, c: Context) -> dict[str, float]:

@@ -15,9 +15,14 @@ from remanence.train.update import Context
 class Bytes(Metric):
     """Bytes of each holder, ``bytes/<holder>``, and of all together, ``bytes``; lower is cheaper.
 
+        bytes = sum over holders of sum over their tensors of numel x element size, shared storage once
+
     The holders are the life's (``c.holders``, name to bytes) where it offers them; the model's own bytes are
     ``bytes/model`` (parameters and buffers, shared storage once). Inside a run they are the model, its owner and its
     parts, and ``bytes/scratch`` is what the run itself keeps beside them.
+
+    Pick it whenever methods are compared: an exemplar costs as much as a weight. Needs: nothing.
+    Source: the holders' own ``bytes()``.
     """
 
     def value(self, c: Context) -> dict[str, float]:

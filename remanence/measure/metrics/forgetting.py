@@ -16,11 +16,16 @@ from remanence.train.update import Context
 @dataclass
 class Forgetting(Metric):
     """Forgetting, backward transfer (both conventions) and average incremental accuracy; see
-    `remanence.measure.matrix` for formulas and sources.
+    `remanence.measure.matrix` for all formulas and sources.
+
+        F_k = mean over tasks j < k of  max_{i < k} a_{i,j} - a_{k,j}
 
     It keeps one row of task accuracies per measurement; where the life offers its own matrix (``c.matrix``, events x
     tasks; ``c.learned`` the row in which each task was learned), that is used. A figure that is not defined yet is
     left out.
+
+    Pick it beside `accuracy`: one of them hides what the other shows. Needs: a test set per task, labels.
+    References: Chaudhry et al. 2018, arXiv 1801.10112; Lopez-Paz & Ranzato 2017, arXiv 1706.08840.
     """
 
     def setup(self) -> None:

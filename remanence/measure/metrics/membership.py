@@ -28,6 +28,9 @@ class Membership(Metric):
     are non-members enough for it. A training example forgotten on request (``c.forgotten``) is no member here; its
     receipt measures it. Attacks and sources: `measure.attacks`. A regression is attacked by its squared error,
     whatever `attack` says.
+
+    Pick it to see what the model gives away about single examples before anyone asks to be forgotten. Needs: a test set per
+    task, labels or targets. Reference: Song & Mittal 2021, arXiv 2003.10595.
     """
 
     attack: str = knob("loss-threshold", "which attack", choices=ATTACKS)

@@ -1,0 +1,482 @@
+"""The contract of a part, executable: `check` runs a part through a small life on real digits and says which rule it breaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import random
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from remanence import catalogue
+from remanence.core.errors import BadInput, RemanenceError, UnknownName, nearest
+from remanence.core.ids import Ids
+from remanence.core.knobs import build
+from remanence.core.part import Part
+from remanence.data import Examples, Request, Stream, Task, digits, split_classes
+from remanence.life.forgetting import records_held
+from remanence.life.life import Life
+from remanence.life.snapshots import weights_sha256
+from remanence.models import mlp
+from remanence.train.resolve import know
+from remanence.train.roles import Forgetter, Keeper, Learner, Method, Metric, Where
+
+__all__ = ["ContractError", "check"]
+
+
+class ContractError(RemanenceError):
+    """A part breaks a rule of the contract. `rule` is the rule's name; the message says how to see it."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(f"{rule}: {message}")
+        self.rule = rule
+
+
+def check(
+    part: Part | str | type[Method],
+    knobs: Mapping[str, Any] | None = None,
+    *,
+    inert: Mapping[str, Any] | None = None,
+    model: Callable[[], nn.Module] | None = None,
+    rules: Sequence[str] | None = None,
+) -> list[str]:
+    """Check that `part` keeps the contract, as scikit-learn's `check_estimator` does for estimators.
+
+    Every rule runs the part in lives of two or three tasks on 240 real digits, some seconds in all: it runs; twice gives the
+    same weights; a crash between and inside events changes no bit; after a forget no copy of a record is left, and a keeper
+    does not teach a forgotten class back; bytes are counted; wrong knobs and NaN are refused before a weight moves; no global
+    state is touched; without strength it changes no bit; docstring and knobs are documented.
+
+    Args:
+        part: a `Part`, its name (``"keep/ewc"``, ``"ewc"``) or a class (which need not be in the catalogue).
+        knobs: the knobs to check it with, where its defaults do not suit so small a problem; every other is its default.
+        inert: knobs with which it can have no effect; None: ``strength=0`` if it has a knob `strength`, else the rule is left out.
+        model: builds the network, which takes rows of 64 numbers; None: a perceptron with 16 hidden units and dropout.
+        rules: only these rules.
+
+    Returns:
+        The names of the rules that ran, in order.
+
+    Raises:
+        ContractError: the first rule that is broken, and how to see it.
+        UnknownName: no such part or rule.
+        BadInput: a class that is no part, or a name that several verbs have.
+    """
+    cls = _load(part)
+    role = next((r for r in RULES if isinstance(cls, type) and issubclass(cls, r)), None)
+    if role is None:
+        raise BadInput(f"{cls!r} is neither of {', '.join(r.__name__ for r in RULES)}; check takes these roles")
+    mine = {rule.__name__.removeprefix("_"): rule for rule in (*EVERY, *RULES[role])}
+    for name in rules or ():
+        if name not in mine:
+            raise UnknownName(f"{role.__name__} has no rule {name!r}{nearest(name, mine)} (it has {', '.join(mine)})")
+    if inert is None and "strength" in {f.name for f in dataclasses.fields(cls)}:
+        inert = {"strength": 0}
+    ran = []
+    with tempfile.TemporaryDirectory(prefix="remanence-check-") as folder:
+        case = _Case(cls, role, dict(knobs or {}), inert, model or _perceptron, Path(folder))
+        for name, rule in mine.items():
+            if (rules is None or name in rules) and not (rule is _strength_0_changes_nothing and inert is None):
+                with case.rule(name):
+                    rule(case)
+                ran.append(name)
+    return ran
+
+
+def _load(part: Part | str | type[Method]) -> type[Any]:
+    if isinstance(part, str):
+        found = catalogue.named(part)
+        if len(found) > 1:
+            raise BadInput(
+                f"{part!r} is a part of {', '.join(p.verb for p in found)}; say which, as in {found[0].verb}/{part}"
+            )
+        part = found[0]
+    return part.load() if isinstance(part, Part) else part
+
+
+def _perceptron() -> nn.Module:
+    return mlp(64, [16], dropout=0.1)
+
+
+@cache
+def _stream() -> Stream:
+    """Forty examples of each of six digits, as three tasks; ten of each are held out."""
+    data = digits()
+    rows = torch.cat([(data["y"] == label).nonzero()[:40, 0] for label in range(6)])
+    return split_classes(data.select(rows), tasks=3, name="contract")
+
+
+class _Crash(KeyboardInterrupt):
+    """A life that is cut off: nothing catches it."""
+
+
+@dataclasses.dataclass
+class _Case:
+    """One part under check: how to build it, and the lives it is put in."""
+
+    cls: type[Any]
+    role: type[Method]
+    knobs: dict[str, Any]
+    inert: Mapping[str, Any] | None
+    model: Callable[[], nn.Module]
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.name, self._lives, self.tasks = "", 0, list(_stream())
+        know(self.cls)
+
+    @contextmanager
+    def rule(self, name: str) -> Iterator[None]:
+        """Whatever goes wrong inside becomes a `ContractError` of this rule."""
+        self.name = name
+        try:
+            yield
+        except ContractError:
+            raise
+        except Exception as error:
+            raise ContractError(name, f"{self.cls.__name__} raised {type(error).__name__}: {error}") from error
+
+    def holds(self, truth: Any, message: str) -> None:
+        if not truth:
+            raise ContractError(self.name, f"{self.cls.__name__} {message}")
+
+    def make(self, **knobs: Any) -> Any:
+        return self.cls(**{**self.knobs, **knobs})
+
+    @contextmanager
+    def life(self, part: Any = "make", home: Path | None = None) -> Iterator[Life]:
+        """A new life with the part (None: without it), or the one at `home`, resumed."""
+        part = self.make() if part == "make" else part
+        if home is not None:
+            life = Life.resume(home, self.model(), data=self.tasks, parts=[self.cls])
+        else:
+            self._lives += 1
+            place = {Learner: "learner", Keeper: "keep", Where: "where", Metric: "measure"}.get(self.role, "")
+            given: dict[str, Any] = {} if part is None or not place else {place: part if place == "learner" else [part]}
+            life = Life(self.model(), home=self.folder / str(self._lives), seed=7, **{"measure": ["accuracy"], **given})
+        try:
+            yield life
+        finally:
+            life.close()
+
+    def learn(self, life: Life, *tasks: int, **settings: Any) -> None:
+        for number in tasks:
+            life.learn(self.tasks[number], **{"epochs": 4, "batch_size": 15, "lr": 0.01, **settings})
+
+    def forget(self, life: Life, part: Any = "make", **request: Any) -> Any:
+        return life.forget(Request(**(request or {"classes": [0]})), by=self.make() if part == "make" else part)
+
+    def live(self, life: Life) -> None:
+        """What a part of this role is there for: two tasks, and for a forgetter a request."""
+        self.learn(life, 0, 1)
+        if self.role is Forgetter:
+            self.forget(life)
+
+    @cached_property
+    def straight(self) -> str:
+        """The state after a life without a crash."""
+        with self.life() as life:
+            self.live(life)
+            return _bits(life)
+
+
+def _bits(life: Life) -> str:
+    """Weights, learner, keepers and metrics to the last bit."""
+    return json.dumps(life._snapshots.save(life._state.pack()), sort_keys=True)
+
+
+def _mine(case: _Case, life: Life) -> Any:
+    """The part as it is in the life, and None for a role that the life does not keep."""
+    state = life._state
+    return next((m for m in (state.learner, *state.keepers, *life.metrics) if type(m) is case.cls), None)
+
+
+def _ids(label: int) -> Ids:
+    data = _stream()[label // 2].train
+    return data.select((data["y"] == label).nonzero()[:, 0]).ids
+
+
+# ------------------------------------------------------------------------------------------------- rules for every role
+
+
+def _documented(case: _Case) -> None:
+    text = inspect.getdoc(case.cls) or ""
+    if "head of this file" in text.replace("\n", " "):  # a long formula may stand there
+        text += f"\n{sys.modules[case.cls.__module__].__doc__}"
+    for what, pattern in SAID.items():
+        case.holds(re.search(pattern, text), f"does not say {what} in its docstring")
+    for field in dataclasses.fields(case.cls):
+        case.holds(field.metadata.get("doc"), f"has a knob {field.name!r} without a sentence: knob(default, doc, ...)")
+
+
+SAID = {
+    "its formula, on an indented line of its own,": r"(?m)^ {2,}\S.*([=<>+~]|->)",
+    "when to pick it ('Pick it ...')": r"\bPick it\b",
+    "what it needs ('Needs: ...')": r"\bNeeds:",
+    "its source ('Reference: ...')": r"\b(References?|Source):|arXiv",
+}
+
+
+def _can_be_written_down(case: _Case) -> None:
+    spec = json.loads(json.dumps(case.make().spec()))
+    again = build(case.cls, next(iter(spec.values())), case.cls.__name__)
+    case.holds(again.spec() == case.make().spec(), f"is not the same after its knobs went through JSON: {spec}")
+
+
+def _wrong_knobs_are_refused(case: _Case) -> None:
+    wrong: list[dict[str, Any]] = [{"no_such_knob": 1}]
+    for field in dataclasses.fields(case.cls):
+        low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
+        wrong += [{field.name: object()}] if "Any" not in str(field.type) else []
+        wrong += [{field.name: math.nan}] if "float" in str(field.type) else []
+        wrong += [{field.name: low - 1}] if low is not None else []
+        wrong += [{field.name: high + 1}] if high is not None else []
+        wrong += [{field.name: "no such choice"}] if choices else []
+    for given in wrong:
+        try:
+            build(case.cls, {**case.knobs, **given}, case.cls.__name__)
+        except BadInput:
+            continue
+        case.holds(False, f"accepts {given}; BadInput was due (UnknownName for a knob it lacks)")
+
+
+def _runs(case: _Case) -> None:
+    case.holds(case.straight, "did not run")
+
+
+def _twice_the_same(case: _Case) -> None:
+    with case.life() as life:
+        case.live(life)
+        case.holds(_bits(life) == case.straight, "gives other bits when run twice: draw from u.rng(name) only")
+
+
+def _survives_a_crash(case: _Case) -> None:
+    """Killed between two events and again inside the next one, the life ends as if nothing had been."""
+    act, events = (
+        (case.forget, 3) if case.role is Forgetter else (lambda life: case.learn(life, 1, snapshot_every=2), 2)
+    )
+    with case.life() as life:
+        case.learn(life, *range(events - 1))
+        home = life.home
+    with case.life(home=home) as life, _cut_off(life, 6):
+        act(life)
+    with case.life(home=home) as life:
+        if len(life.events) < events:  # an accepted request has gone on by itself
+            act(life)
+        case.holds(
+            _bits(life) == case.straight, "ends with other bits after a crash: is all it remembers in state_dict?"
+        )
+
+
+@contextmanager
+def _cut_off(life: Life, forwards: int) -> Iterator[None]:
+    """The process dies at so many forwards of the network, if there are so many."""
+    left = [forwards]
+
+    def count(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise _Crash
+
+    hook = life.model.register_forward_hook(count)
+    try:
+        yield
+    except _Crash:
+        pass
+    finally:
+        hook.remove()
+
+
+def _touches_nothing_global(case: _Case) -> None:
+    assert case.straight  # lazy imports have their own side effects: they are over now
+    before = _global_state()
+    with case.life() as life:
+        case.live(life)
+        for name, value in _global_state().items():
+            case.holds(value == before[name], f"changed {name}, which belongs to the user's process")
+
+
+def _global_state() -> dict[str, Any]:
+    return {
+        "torch's random numbers": torch.get_rng_state().numpy().tobytes(),
+        "numpy's random numbers": str(np.random.get_state()),
+        "Python's random numbers": random.getstate(),
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's threads or modes": (
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            torch.get_deterministic_debug_mode(),
+        ),
+        "numpy's error handling": np.geterr(),
+        "the warnings filters": list(warnings.filters),
+    }
+
+
+def _nan_is_refused(case: _Case) -> None:
+    task = case.tasks[1]
+    x = task.train["x"].clone()
+    x[3, 5] = math.nan
+    with case.life() as life:
+        case.learn(life, 0)
+        before = _bits(life)
+        try:
+            life.learn(Task(task.train.replace(x=x), task.test, task.classes, task.names, 1))
+        except BadInput:
+            case.holds(_bits(life) == before, "moved something before NaN in the data was refused")
+        else:
+            case.holds(False, "learned from data with NaN; BadInput was due")
+
+
+def _strength_0_changes_nothing(case: _Case) -> None:
+    found = []
+    for part in (None, case.make(**(case.inert or {}))):
+        with case.life(part) as life:
+            case.learn(life, 0, 1)
+            if case.role is Forgetter and part is not None:
+                case.forget(life, part)
+            found.append(weights_sha256(life.model.state_dict()))
+    case.holds(found[0] == found[1], f"with {dict(case.inert or {})} gives other weights than a life without it")
+
+
+# ------------------------------------------------------------------------------------------ learners, keepers and wheres
+
+
+def _counts_its_bytes(case: _Case) -> None:
+    empty = case.make().bytes()
+    with case.life() as life:
+        case.learn(life, 0, 1)
+        part = _mine(case, life) or case.make()
+        stored = sum(_sizes(part.state_dict()))
+        said = part.bytes()
+        case.holds(isinstance(said, int), f"counts bytes as {type(said).__name__}, not int")
+        case.holds(
+            0.5 * stored - 64 <= said <= 2 * stored + 4096, f"says {said} bytes and saves {stored} in state_dict"
+        )
+        case.holds(
+            said > empty or stored <= sum(_sizes(case.make().state_dict())), "stores something and says no byte more"
+        )
+
+
+def _sizes(state: Any) -> Iterator[int]:
+    if isinstance(state, torch.Tensor | np.ndarray):
+        yield state.nbytes
+    elif isinstance(state, Mapping | list | tuple):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from _sizes(value)
+    elif isinstance(state, Ids):
+        yield state.array.nbytes
+    elif isinstance(state, int | float) and not isinstance(state, bool):
+        yield 8
+
+
+def _lets_go(case: _Case) -> None:
+    """After a forget, by approximation and by retraining, no record is left, and nothing claims more than was earned."""
+    with case.life() as life:
+        case.learn(life, 0, 1)
+        if life._books.consumed:  # else the weights were never moved, and there is nothing in them to approximate
+            _check_records(case, life, case.forget(life, "random-label", classes=[0]))
+        receipt = case.forget(life, "retrain", ids=Ids(case.tasks[1].train.id[::7].numpy()) | _ids(0))
+        _check_records(case, life, receipt)
+        for row in life.trace(receipt.ids):
+            case.holds(row.state == "deleted", f"after retraining, the trace still says: {row}")
+
+
+def _check_records(case: _Case, life: Life, receipt: Any) -> None:
+    for name, method in life._state.holders().items():
+        left = records_held(method, receipt.ids)
+        case.holds(not left, f"keeps records of {len(left)} forgotten examples in {name}: purge must drop them")
+        made_up = method.holds(receipt.ids) - life._books.holding()
+        case.holds(not made_up, f"says that {name} holds {len(made_up)} examples of which no trace is left")
+    for row in life.trace(receipt.ids):
+        stored = row.state == "holds" and row.holder != "weights" and not row.inputs
+        case.holds(not stored, f"the trace still says: {row}")
+
+
+def _does_not_teach_back(case: _Case) -> None:
+    """A class forgotten from the weights stays forgotten when another task is learned under the keeper."""
+    train = case.tasks[0].train
+    gone = train.only(_ids(0))
+    with case.life() as life:
+        case.learn(life, 0, 1, epochs=8)
+        life.forget(Request(classes=[0]), by="random-label", epochs=20, lr=0.1)
+        _answers(
+            case, life, gone, "right after the request; choose knobs with which the part leaves the forgetter its work"
+        )
+        case.learn(life, 2, epochs=8)
+        _answers(case, life, gone, "one task later: rebuild or drop in `forgot` what the old weights computed")
+
+
+def _answers(case: _Case, life: Life, gone: Examples, when: str) -> None:
+    share = float((life.predict(gone["x"]) == gone["y"]).float().mean())
+    case.holds(share <= 0.25, f"answers {share:.0%} of the forgotten class rightly {when}")
+
+
+# --------------------------------------------------------------------------------------------------- forgetters, metrics
+
+
+def _says_what_is_true(case: _Case) -> None:
+    """Its receipt claims *deleted* only where the weights equal, to the last bit, a life that never had the data."""
+    gone = _ids(0)
+    with case.life() as life, case.life() as never:
+        case.learn(life, 0, 1)
+        receipt = case.forget(life)
+        case.holds(receipt.ids == gone, "the receipt names other examples than the request")
+        state = min((row.state for row in life.trace(gone) if row.holder == "weights"), default="deleted")
+        for number in (0, 1):
+            task = case.tasks[number]
+            train = task.train.without(gone)
+            kept = tuple(sorted(set(train["y"].tolist())))
+            never.learn(Task(train, task.test, kept, tuple(map(str, kept)), number), epochs=4, batch_size=15, lr=0.01)
+        same = weights_sha256(life.model.state_dict()) == weights_sha256(never.model.state_dict())
+        case.holds(same or state != "deleted", "calls the examples deleted, but a life without them has other weights")
+        case.holds(state != "unlearned", "calls the examples unlearned though nothing was measured against retraining")
+
+
+def _gives_figures(case: _Case) -> None:
+    with case.life() as life:
+        case.learn(life, 0, 1)
+        c = life._context()
+        figures = _mine(case, life).value(c)
+        case.holds(figures, "gives no figure after two tasks")
+        for name, value in figures.items():
+            fine = isinstance(name, str) and isinstance(value, float | int) and math.isfinite(value)
+            case.holds(fine, f"gives {name!r}: {value!r}; a figure is a finite number (leave out what is not defined)")
+
+
+def _looks_without_a_trace(case: _Case) -> None:
+    with case.life(None) as without, case.life() as life:
+        for each in (without, life):
+            case.learn(each, 0, 1)
+        same = weights_sha256(life.model.state_dict()) == weights_sha256(without.model.state_dict())
+        case.holds(same, "moves the weights it measures: look in `with c.aside():` or by c.evaluate and c.outputs")
+        before = [module.training for module in life.model.modules()]
+        life.measure()
+        case.holds(before == [module.training for module in life.model.modules()], "leaves train or eval flags changed")
+
+
+Rule = Callable[[_Case], None]
+
+EVERY: tuple[Rule, ...] = (
+    _documented, _can_be_written_down, _wrong_knobs_are_refused, _runs, _twice_the_same, _survives_a_crash, _touches_nothing_global,
+    _strength_0_changes_nothing,
+)  # fmt: skip
+RULES: dict[type[Method], tuple[Rule, ...]] = {
+    Learner: (_nan_is_refused, _counts_its_bytes, _lets_go),
+    Keeper: (_nan_is_refused, _counts_its_bytes, _lets_go, _does_not_teach_back),
+    Where: (_nan_is_refused, _counts_its_bytes, _lets_go),
+    Forgetter: (_says_what_is_true,),
+    Metric: (_gives_figures, _looks_without_a_trace),
+}

@@ -1,0 +1,306 @@
+"""Every part of the catalogue through its contract: one row each. And for each rule a part that breaks it, which `check` must catch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from remanence import catalogue
+from remanence.core.errors import BadInput, UnknownName
+from remanence.core.knobs import knob
+from remanence.data import Examples
+from remanence.nn.buffer import Buffer
+from remanence.testing import EVERY, RULES, ContractError, check
+from remanence.train.roles import Forgetter, Keeper, Learner, Metric, Outcome, Where
+
+#: verb, slug, knobs where the defaults do not suit 240 digits, and knobs with which it can have no effect (a `strength` of 0 needs no word).
+ROWS: tuple[tuple[str, str, dict[str, Any] | None, dict[str, Any] | None], ...] = (
+    ("learn", "finetune", None, None),
+    ("learn", "joint", None, None),
+    ("learn", "nmc", None, None),
+    ("keep", "replay", None, {"batch_size": 0}),
+    ("keep", "replay", {"policy": "reservoir", "capacity": 30}, {"capacity": 0}),
+    ("keep", "ewc", None, None),
+    ("keep", "l2", None, None),
+    ("keep", "lwf", None, None),
+    ("keep", "feature-distill", None, None),
+    ("keep", "refresh-learning", None, {"delta": 0.0}),
+    ("keep", "fpf", {"steps": 20}, {"k": 0}),
+    ("keep", "fpf", {"steps": 20, "objective": "kd", "capacity": 40}, {"capacity": 0}),
+    ("keep", "gpm", {"samples": 20}, {"threshold": 0.0}),
+    ("where", "saliency", None, {"rho": 1.0}),
+    ("where", "hft", None, {"share": 1.0}),
+    ("where", "lora", {"rank": 2}, None),
+    ("forget", "retrain", None, None),
+    ("forget", "catastrophic", None, None),
+    ("forget", "gradient-ascent", None, {"ascent": 0.0, "retain": 0.0}),
+    ("forget", "random-label", None, None),
+    ("forget", "ssd", None, {"selection": 1e30}),
+    ("forget", "salun", None, {"rho": 0.0}),
+    ("measure", "accuracy", None, None),
+    ("measure", "forgetting", None, None),
+    ("measure", "membership", None, None),
+    ("measure", "bytes", None, None),
+    ("measure", "stability-gap", {"every": 2}, None),
+)
+
+
+def test_every_part_has_a_row():
+    ours = {(part.verb, part.slug) for part in catalogue.PARTS}
+    assert {(verb, slug) for verb, slug, _, _ in ROWS} == ours
+
+
+@pytest.mark.parametrize(("verb", "slug", "knobs", "inert"), ROWS, ids=[f"{verb}/{slug}" for verb, slug, *_ in ROWS])
+def test_contract(verb, slug, knobs, inert):
+    ran = check(f"{verb}/{slug}", knobs, inert=inert)
+    role = next(r for r in RULES if issubclass(catalogue.find(verb, slug).load(), r))
+    expected = [rule.__name__.removeprefix("_") for rule in (*EVERY, *RULES[role])]
+    with_strength = inert is not None or slug in ("ewc", "l2", "lwf", "feature-distill")
+    assert ran == [name for name in expected if with_strength or name != "strength_0_changes_nothing"]
+
+
+# ------------------------------------------------------------------------------------------------ parts that break a rule
+
+
+@dataclass
+class Undocumented(Keeper):
+    """Does something."""
+
+
+@dataclass
+class Wordless(Keeper):
+    """L2 toward zero.
+
+        L + strength * |theta|^2
+
+    Pick it never. Needs: nothing. Reference: none.
+    """
+
+    strength: float = 0.1
+
+
+@dataclass
+class Unwritable(Keeper):
+    sizes: tuple[int, ...] = knob((1, 2), "a tuple, which JSON gives back as a list")
+
+
+@dataclass
+class Unchecked(Keeper):
+    share: float = knob(0.5, "a share", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        """Forgets to check its knobs."""
+
+
+@dataclass
+class Failing(Where):
+    def begin(self, u):
+        raise ZeroDivisionError("oh")
+
+
+_count = itertools.count()
+
+
+@dataclass
+class Moody(Learner):
+    def objective(self, u, batch):
+        return (1 + next(_count)) * super().objective(u, batch)
+
+
+@dataclass
+class Forgetful(Keeper):
+    """Counts its steps, pulls harder with each, and saves nothing."""
+
+    def setup(self) -> None:
+        self.steps = 0
+
+    def loss(self, u, batch):
+        self.steps += 1
+        return 1e-4 * self.steps * sum(p.square().sum() for p in u.parameters.values())
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@dataclass
+class Leaking(Keeper):
+    how: str = knob("seed", "what it touches", choices=("seed", "filters", "python", "threads"))
+
+    def end(self, u):
+        if self.how == "seed":
+            torch.rand(1)
+        elif self.how == "filters":
+            warnings.simplefilter("ignore", category=BytesWarning)
+        elif self.how == "python":
+            import random
+
+            random.random()
+        else:
+            torch.set_num_threads(torch.get_num_threads() + 1)
+
+
+@dataclass
+class Never0(Keeper):
+    strength: float = knob(1.0, "weight of the pull", low=0)
+
+    inert = False
+
+    def loss(self, u, batch):
+        return (self.strength + 1e-3) * sum(p.square().sum() for p in u.parameters.values())
+
+
+@dataclass
+class Weightless(Keeper):
+    def setup(self) -> None:
+        self.buffer = Buffer(None, 5, "class-balanced")
+
+    def end(self, u):
+        for batch in u.batches(u.data("task")):
+            self.buffer.add(batch, u.rng("weightless"))
+
+    def bytes(self) -> int:
+        return 0
+
+
+@dataclass
+class Clinging(Weightless):
+    """Its purge drops nothing."""
+
+    def bytes(self) -> int:
+        return self.buffer.bytes()
+
+    def purge(self, ids):
+        pass
+
+
+@dataclass
+class TeachingBack(Keeper):
+    """Distils from a copy of the network that it keeps over forgets."""
+
+    strength: float = knob(1.0, "weight of the distance", low=0)
+    truthful: bool = knob(False, "whether the copy is dropped after a forget")
+
+    def setup(self) -> None:
+        self.body = torch.nn.Identity()
+
+    def end(self, u):
+        if u.kind == "learn" and u.task is not None and u.task.id < 2:
+            self.body = copy.deepcopy(u.model).requires_grad_(False).eval()
+
+    def loss(self, u, batch):
+        if isinstance(self.body, torch.nn.Identity) or u.task is None or u.task.id < 2:
+            return None
+        x = torch.rand(64, 64, generator=u.rng("probe")) * (torch.rand(64, 1, generator=u.rng("probe")) < 0.5)
+        x = torch.cat([batch["x"], x])
+        old = self.body(x)
+        return 20 * (u.problem.forward(u.model, {"x": x}).logits[:, : old.shape[1]] - old).square().mean()
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def forgot(self, u, ids):
+        if self.truthful:
+            self.body = torch.nn.Identity()
+
+
+@dataclass
+class Lying(Forgetter):
+    """Retrains without half of what was asked, and calls it exact."""
+
+    def forget(self, u, request):
+        half = u.data("forget").ids
+        return Outcome(exact=True, model=u.retrain(type(half)(half.array[::2]), u.seed))
+
+
+@dataclass
+class Nowhere(Metric):
+    def value(self, c):
+        return {"nowhere": float("nan")}
+
+
+@dataclass
+class Dicing(Metric):
+    """Draws from torch's own generator between steps, so dropout differs."""
+
+    every: int = knob(1, "steps between looks", low=1)
+
+    def value(self, c):
+        return {"dice": float(torch.rand(1))}
+
+
+@pytest.mark.parametrize(
+    ("cls", "rule", "knobs", "says"),
+    [
+        (Undocumented, "documented", {}, "formula"),
+        (Wordless, "documented", {}, "strength"),
+        (Unwritable, "can_be_written_down", {}, "JSON"),
+        (Unchecked, "wrong_knobs_are_refused", {}, "share"),
+        (Failing, "runs", {}, "ZeroDivisionError: oh"),
+        (Moody, "twice_the_same", {}, "run twice"),
+        (Forgetful, "survives_a_crash", {}, "state_dict"),
+        (Leaking, "touches_nothing_global", {}, "torch's random numbers"),
+        (Leaking, "touches_nothing_global", {"how": "filters"}, "warnings filters"),
+        (Leaking, "touches_nothing_global", {"how": "python"}, "Python's random numbers"),
+        (Leaking, "touches_nothing_global", {"how": "threads"}, "threads"),
+        (Never0, "strength_0_changes_nothing", {}, "other weights"),
+        (Weightless, "counts_its_bytes", {}, "says 0 bytes"),
+        (Clinging, "lets_go", {}, "purge"),
+        (TeachingBack, "does_not_teach_back", {}, "one task later"),
+        (Lying, "says_what_is_true", {}, "other weights"),
+        (Nowhere, "gives_figures", {}, "finite"),
+        (Dicing, "looks_without_a_trace", {}, "moves the weights"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_a_broken_part_is_caught(cls, rule, knobs, says):
+    threads, filters = torch.get_num_threads(), list(warnings.filters)
+    try:
+        with pytest.raises(ContractError, match=says) as caught:
+            check(cls, knobs, rules=[rule])
+    finally:
+        torch.set_num_threads(threads)
+        warnings.filters[:] = filters  # type: ignore[index]
+    assert caught.value.rule == rule and str(caught.value).startswith(f"{rule}: {cls.__name__}")
+
+
+def test_a_copy_that_is_dropped_after_a_forget_teaches_nothing_back():
+    assert check(TeachingBack, {"truthful": True}, rules=["does_not_teach_back"]) == ["does_not_teach_back"]
+
+
+def test_learning_from_nan_is_caught(monkeypatch):
+    """The life refuses NaN; were it not to, the rule would say so."""
+    assert check("keep/l2", rules=["nan_is_refused"]) == ["nan_is_refused"]
+    monkeypatch.setattr(Examples, "check", lambda self: None)
+    with pytest.raises(ContractError, match="nan_is_refused"):
+        check("keep/l2", rules=["nan_is_refused"])
+
+
+def test_every_rule_has_a_part_that_breaks_it():
+    """Or a test of its own, above."""
+    caught = {mark.args[1][i][1] for mark in test_a_broken_part_is_caught.pytestmark for i in range(len(mark.args[1]))}
+    rules = {rule.__name__.removeprefix("_") for rule in (*EVERY, *(r for rs in RULES.values() for r in rs))}
+    assert rules - caught == {"nan_is_refused"}
+
+
+def test_names_and_classes():
+    assert check("ewc", rules=["documented"]) == ["documented"]
+    assert check(catalogue.find("keep", "ewc"), rules=["documented"]) == ["documented"]
+    assert check(catalogue.find("keep", "ewc").load(), rules=["documented"]) == ["documented"]
+    with pytest.raises(UnknownName, match="ewc"):
+        check("ewk")
+    with pytest.raises(UnknownName, match="documented"):
+        check("ewc", rules=["documentd"])
+    with pytest.raises(BadInput, match="Keeper"):
+        check(int)

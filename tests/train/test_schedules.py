@@ -1,0 +1,59 @@
+"""Schedules: their closed forms at the points that matter."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from remanence.core.errors import BadInput, UnknownName
+from remanence.train.roles import Learner
+from remanence.train.schedules import SCHEDULES, Constant, Cosine, Linear, schedule_of
+from tests.train.helpers import blobs, network, update
+
+
+def test_closed_forms() -> None:
+    assert [Constant().factor(step, None, 0) for step in (0, 7)] == [1.0, 1.0]
+    assert [Constant(warmup=3).factor(step, None, 0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [Linear().factor(step, 4, 0) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [Linear(final=0.5).factor(step, 4, 0) for step in (0, 2, 4)] == [1.0, 0.75, 0.5]
+    for step in range(11):
+        assert Cosine().factor(step, 10, 0) == pytest.approx(0.5 * (1 + math.cos(math.pi * step / 10)))
+    assert Cosine(final=0.1).factor(10, 10, 0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("kind", [Cosine, Linear])
+def test_warm_up_rises_to_one_then_the_rest_of_the_way_falls(kind: type) -> None:
+    schedule = kind(warmup=4, final=0.2)
+    factors = [schedule.factor(step, 20, 0) for step in range(25)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(a > b for a, b in pairwise(factors[4:21]))
+    assert factors[20:] == pytest.approx([0.2] * 5)  # steps beyond the total stay at the end
+    assert schedule.factor(12, 20, 0) == pytest.approx(0.6)  # half-way
+
+
+def test_the_loop_counts_steps_and_their_total() -> None:
+    class Watches(Learner):
+        def steps(self, u, batch):  # type: ignore[no-untyped-def]
+            yield from super().steps(u, batch)
+            rates.append((u.lr, u.optimizers["main"].param_groups[0]["lr"]))
+
+    rates: list[tuple[float, float]] = []
+    u = update(network(), blobs(60), (), Watches(), epochs=2, batch_size=16, lr=0.1, schedule="linear")
+    u.run()
+    assert rates == [(0.1 * (1 - step / 8),) * 2 for step in range(8)]
+
+
+def test_resolving() -> None:
+    assert schedule_of("cosine") == Cosine() and schedule_of({"linear": {"warmup": 2}}) == Linear(warmup=2)
+    assert schedule_of({"cosine": None}) == Cosine() and schedule_of(kept := Linear()) is kept
+    assert set(SCHEDULES) == {"constant", "cosine", "linear"}
+    with pytest.raises(UnknownName, match="did you mean 'cosine'"):
+        schedule_of("cosin")
+    with pytest.raises(UnknownName, match="did you mean 'warmup'"):
+        schedule_of({"linear": {"warm_up": 2}})
+    with pytest.raises(BadInput, match="final"):
+        schedule_of({"linear": {"final": 2}})
+    with pytest.raises(BadInput, match="number of steps"):
+        Cosine().factor(0, None, 0)
