@@ -196,13 +196,17 @@ def named(name: str) -> list[Part]:
     return found
 
 
-@cache
 def slug_of(cls: type) -> str:
     """The slug under which a class is listed; its name in lower case for one that is not (a user's own class in a script)."""
+    return _slug(cls.__module__, cls.__name__)
+
+
+@cache
+def _slug(module: str, name: str) -> str:
     for part in every():
-        if part.name == cls.__name__ and part.module == cls.__module__:
+        if part.name == name and part.module == module:
             return part.slug
-    return cls.__name__.lower()
+    return name.lower()
 
 
 def classes(verb: str) -> dict[str, Part]:

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from remanence.life.life import Life
     from remanence.train.update import Update
 
-FAILED, UNUSABLE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
+FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 CODES = (
-    "Exit codes: 0 done; 1 an event failed or was refused, and what was done before it stays; 2 something given cannot be "
-    "used, and nothing was done with it; 130 interrupted; 141 the reader of the output went away."
+    "Exit codes: 0 done; 1 an event failed or was refused, and what was done before it stays (also: a question was answered "
+    "with no, or the reader of the output went away); 2 something given cannot be used, and nothing was done with it; "
+    "130 interrupted."
 )
 REPEATED = "    \u2013 asked before, and nothing of it came since: the earlier receipt stands"
 VERIFY_CODES = "Exit codes: 0 consistent; 1 altered; 2 unknown signer, or the receipt could not be read."
@@ -56,12 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0  # pragma: no cover (the command always ends by SystemExit)
 
 
-def _pipe_closed() -> int:
-    """Nobody reads on: keep the interpreter's last flush from complaining."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return CLOSED_PIPE
-
-
 def _plain(command: Callable[P, R]) -> Callable[P, R]:
     """Every error raised on purpose becomes one message on stderr and an exit code; all others keep their traceback."""
 
@@ -74,8 +69,6 @@ def _plain(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             _say_error("Stopped. A life is as it was after its last event; remanence resume HOME goes on with it.")
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            raise typer.Exit(_pipe_closed()) from None
 
     return run
 
@@ -417,8 +410,8 @@ def verify(
     _print(f"{receipt}: {verdict.word}")
     for reason in verdict.reasons:
         _print(f"  {reason}")
-    _print(f"  checked: {', '.join(verdict.checked) or 'nothing more'}")
-    if verdict.signer and "ledger" not in verdict.checked:
+    _print(f"  checked: {', '.join(verdict.checked) or 'the signature; as it fails, nothing else'}")
+    if verdict.checked and "ledger" not in verdict.checked:
         _print("  not checked: its place in the ledger and the files (say where the life is: --home DIR)")
     if verdict.signer:
         _print(f"  signed by {verdict.signer}")

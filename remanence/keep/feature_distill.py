@@ -35,6 +35,8 @@ class FeatureDistill(Keeper):
     def begin(self, u: Update) -> None:
         before = len(u.classes.old) if u.columns else u.life_step
         self._teacher = u.reference() if before else None
+        if self._teacher is not None:
+            u.ask_features()
 
     def loss(self, u: Update, batch: Batch) -> Tensor | None:
         if self._teacher is None:

@@ -27,15 +27,16 @@ class FPF(Keeper):
             theta_M <- theta_M - lr_t * d/d theta_M [ L + alpha * |f(x) - o|^2 ]        M = norm layers and head, lr_t -> 0
 
     k = 1 is FPF after the event, k > 1 is k-FPF: plain training in between, no replay in the step. L is the learner's own
-    loss. With ``objective="kd"`` o are the outputs that the training step gave when the row entered the buffer (mean of squares over
-    the columns there were then). Modules outside M keep every bit, running statistics included: their norm layers stay in
-    eval mode. The optimizer of each call is new; of the other parts only wheres act in it.
+    loss. With ``objective="kd"`` o are the outputs that the training step gave when the row entered the buffer, and the
+    distance is the mean of squares over the columns there were then. Modules outside M keep every bit, running statistics
+    included: their norm layers stay in eval mode. The optimizer of each call is new; of the other parts only wheres act in it.
 
     Pick it as the cheapest repair where a buffer exists: before the call accuracy on old tasks may swing, so measure after
     it. Needs: labels, stores examples. After a forget, stored outputs are made anew by the new weights, in eval mode.
     Reference: Zhao et al. 2023, "Does Continual Learning Equally Forget All Parameters?", arXiv 2304.04158. The paper counts k
     over the whole stream, which nobody knows here. How modules are ranked is in `remanence.nn.sensitivity`; M is not
     chosen by it.
+    Rate and steps are not the paper's but those that restore the digits in the tests.
     """
 
     k: int = knob(1, "calls per event; 0: none", low=0)
@@ -86,18 +87,10 @@ class FPF(Keeper):
             return
         chosen, frozen = self._modules(u.model)
         call = _Call(self.buffer, frozen, self.steps, self.batch_size, self.alpha if self.objective == "kd" else 0.0)
-        u.run(
-            data=_examples(self.buffer),
-            parts=[call, *(part for part in u.parts if isinstance(part, Where))],
-            trainable=[name for name in u.parameters if name.rpartition(".")[0] in chosen],
-            replay=True,
-            epochs=1,
-            batch_size=self.batch_size,
-            optimizer={"sgd": {"momentum": self.momentum}},
-            lr=self.lr,
-            schedule="cosine",
-            accumulate=1,
-        )
+        names = [name for name in u.parameters if name.rpartition(".")[0] in chosen]
+        parts = [call, *(part for part in u.parts if isinstance(part, Where))]
+        u.run(data=_examples(self.buffer), parts=parts, trainable=names, replay=True, epochs=1, batch_size=self.batch_size,
+              optimizer={"sgd": {"momentum": self.momentum}}, lr=self.lr, schedule="cosine", accumulate=1)  # fmt: skip
 
     def forgot(self, u: Update, ids: Ids) -> None:
         if self.derived():
@@ -115,15 +108,14 @@ class FPF(Keeper):
             old = self.buffer.columns.get("logits")
             if old is not None and old.shape[1] < width:  # the head has grown
                 self.buffer.replace("logits", F.pad(old, (0, width - old.shape[1])))
-        self.buffer.add({name: column[batch["origin"] == 0] for name, column in columns.items()}, u.rng("fpf"))
+        self.buffer.add({name: column[batch["origin"] == 0] for name, column in columns.items()}, u.rng("fpf-buffer"))
 
     def _modules(self, model: nn.Module) -> tuple[set[str], list[nn.Module]]:
         """The names of the modules to train, those inside them included; and the norm layers outside."""
         every = dict(model.named_modules())
         auto = [head_name(model), *norm_modules(model)]
-        wanted = (
-            auto if self.modules == "norm+head" else [self.modules] if isinstance(self.modules, str) else self.modules
-        )
+        named = [self.modules] if isinstance(self.modules, str) else self.modules
+        wanted = auto if self.modules == "norm+head" else named
         for name in wanted:
             if name not in every:
                 raise UnknownName(f"fpf: the model has no module {name!r}{nearest(name, every)}")

@@ -609,6 +609,7 @@ def _receipt(life: Life, row: Row, erased: list[str], remaining: list[dict[str, 
 
 def redact(life: Life) -> list[str]:
     """See `Life.redact`."""
+    from remanence.life.plan import without_ids
     from remanence.life.tracing import trace
 
     life._writable()
@@ -630,7 +631,7 @@ def redact(life: Life) -> list[str]:
     if gone:
         life._ledger.lineage.redact(gone)
         if life._plan is not None:
-            life._plan = "# removed: the plan named ids that were redacted\n"
+            life._plan = without_ids(life._plan, "redacted")
             life._write("plan.yaml", life._plan.encode())
         life._replay_rows([item.task for item in life._learned if item.task is not None])
     life._ledger.scrub()

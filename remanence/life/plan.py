@@ -82,9 +82,21 @@ def _verify(value: Any) -> Any:
         raise _wrong(f"verify is retrain, {{retrain: {{seeds: 1 to 100}}}} or none, not {shown(value)}") from None
 
 
+#: What stands for the ids of a request that was redacted: ``ids: redacted``. Such an event has happened and cannot happen again.
+REDACTED = Ids()
+_LISTED = re.compile(r"""(\bids\s*:\s*)(\[[^\]]*\]|(?:\n\s*-\s*[\d"'-]+)+)""")
+
+
+def without_ids(text: str, instead: str) -> str:
+    """The text of a plan with every list of ids replaced."""
+    return _LISTED.sub(lambda found: found[1] + instead, text)
+
+
 def _ids(value: Any) -> Ids:
     if isinstance(value, Ids):
         return value
+    if value == "redacted":
+        return REDACTED
     blocks: list[np.ndarray[Any, np.dtype[np.int64]]] = []
     total = 0
     for index, item in enumerate(value if isinstance(value, list) else [value]):
@@ -110,10 +122,10 @@ def _ids(value: Any) -> Ids:
     return Ids(np.concatenate(blocks)) if blocks else Ids()
 
 
-def _runs(ids: Ids | None) -> list[int | str] | None:
+def _runs(ids: Ids | None) -> list[int | str] | str | None:
     """Ids as they can stand in a plan, neighbours joined to ranges."""
-    if ids is None:
-        return None
+    if ids is None or ids is REDACTED:
+        return None if ids is None else "redacted"
     if not ids:
         return []
     array = ids.array

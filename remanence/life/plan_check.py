@@ -17,7 +17,7 @@ from remanence import catalogue
 from remanence.core.errors import BadInput, UnknownName, nearest
 from remanence.core.problem import PROBLEMS, problem_of
 from remanence.life.build import check_keepers
-from remanence.life.plan import Forget, Learn, Plan, Problems, _defaults, _function, _runs
+from remanence.life.plan import REDACTED, Forget, Learn, Plan, Problems, _defaults, _function, _runs
 from remanence.life.yaml import Document, Place, shown
 from remanence.train.roles import Forgetter, Keeper, Learner, Method, Metric, Where
 from remanence.train.schedules import SCHEDULES
@@ -120,7 +120,8 @@ class _Check:
 
     def forget(self, place: Place, event: Forget) -> dict[str, Any]:
         try:
-            event.request()
+            if event.ids is not REDACTED:
+                event.request()
         except BadInput as error:
             self.problems.add(place, str(error), key=True)
         by, method = self.method("forget", (*place, "by"), event.by)

@@ -183,8 +183,6 @@ def _receipt(life: Life, row: Row) -> dict[str, Any]:
 
 def _plan_text(life: Life) -> str | None:
     """The plan without the ids it names: a report carries no id."""
-    if life._plan is None:
-        return None
-    import re
+    from remanence.life.plan import without_ids
 
-    return re.sub(r"(ids\s*:\s*)(\[[^\]]*\]|(?:\n\s*-\s*[\d\"'-]+)+)", r"\1[...]", life._plan)
+    return None if life._plan is None else without_ids(life._plan, "[...]")

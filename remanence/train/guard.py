@@ -101,7 +101,7 @@ class OwnLoop(Update):
             task, labels = Task(data, data, id=self._tasks), data.columns.get("y", [])
         given = sorted({int(label) for label in labels}) if isinstance(self.problem, Classification) else []
         new = [label for label in given if label not in self.labels]
-        self._optimizer, self._open = optimizer or self._optimizer, True
+        before, self._optimizer, self._open = list(self.labels), optimizer or self._optimizer, True
         self._begin([*self.labels, *new], new, task, self.life_step + self.steps_done, self.ids)
         self._do = SimpleNamespace(**{name: hooks(self.parts, name) for name in ("prepare", "loss", "gradient", "project", "after")})  # fmt: skip
         try:
@@ -116,6 +116,9 @@ class OwnLoop(Update):
             self._tasks += 1
             ids = self.ids | (data.ids if isinstance(data, Examples) else Ids())
             self._begin(self.labels, [], None, self.life_step + self.steps_done, ids)
+        except BaseException:  # the task was not learned: its classes are still new
+            self._begin(before, [], None, self.life_step + self.steps_done, self.ids)
+            raise
         finally:
             self._open = False
             self._deafen()

@@ -89,10 +89,9 @@ def loop(
                 skip = start["batches"] if start else 0
                 start = None
                 for count, batch in enumerate(source.batches(index, skip), skip + 1):
-                    size = len(batch["id"]) if batch else 0
-                    for prepare in do.prepare if batch else ():
-                        batch = prepare(u, batch)
-                    if batch and len(batch["id"]) != size:
+                    if batch and do.prepare:
+                        for prepare in do.prepare:
+                            batch = prepare(u, batch)
                         u.consumed.rows(batch)
                     u.batch = batch
                     for step in u.owner.steps(u, batch):

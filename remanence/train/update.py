@@ -183,6 +183,7 @@ class Update(Context):
         self.consumed, self.extra_bytes, self.steps_done, self.phase = Consumed(), 0, 0, ""
         self._shared: dict[str, Any] = {"reference": None, "initial": None, "phases": 0}
         self._exit = ExitStack()
+        self._features = False
         self._cache: dict[str, Examples] = {}
         #: Set by the life: where to go on from inside the event, and the optimizer state to begin with (None: do not carry).
         self.resume_at: dict[str, Any] | None = None
@@ -199,7 +200,7 @@ class Update(Context):
         self._rngs: dict[tuple[str, int], torch.Generator] = {}
         self._outs: dict[int, tuple[Batch, Out]] = {}
         self._losses: list[tuple[int, Tensor]] = []
-        self._features, self._pending, self._next_report = False, 0, 0.0
+        self._pending, self._next_report = 0, 0.0
         self._restore: Restore | None = None
         self._before: list[Tensor] = []
 
@@ -241,6 +242,10 @@ class Update(Context):
         made = self.problem.forward(self.model, batch, head(self.model) if self._features else None)
         self._outs[id(batch)] = (batch, made)
         return made
+
+    def ask_features(self) -> None:
+        """From now on every forward of this run keeps its features. Ask in `begin`: asked for in a step, they cost one more forward."""
+        self._features = True
 
     def fresh_out(self) -> None:
         """Forget this step's forwards: the weights have moved."""

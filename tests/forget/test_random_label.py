@@ -132,6 +132,13 @@ def test_refusals():
     assert same(model, start)
 
 
+@pytest.mark.fidelity(
+    "forget/random-label",
+    check="an epoch of each drive written out as a plain loop; classes 3 and 8 of ten digits, three seeds",
+    measured="0 % left, the other classes lose 0.5 to 1.2 points",
+    paper="-",
+    differs="a drawn label never equals the true one",
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_forgets_a_class(seed):
     model = digits_model(seed)

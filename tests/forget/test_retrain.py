@@ -13,6 +13,12 @@ from tests.forget.helpers import class_ids, digits_model, forget_update, forgott
 TRAIN, _ = split()
 
 
+@pytest.mark.fidelity(
+    "forget/retrain",
+    check="a fresh life that never had the data: weights, head, buffers and statistics",
+    measured="equal in every bit",
+    paper="the definition of exact unlearning",
+)
 def test_asks_the_lineage_for_a_model_without_the_request():
     asked, fresh, ids = [], digits_model(1), class_ids(TRAIN, 3)
     u = forget_update(digits_model(), Retrain(), TRAIN, ids, seed=7)

@@ -122,6 +122,13 @@ def test_same_seed_same_bits_and_nothing_left_behind():
     assert not same(other, model)
 
 
+@pytest.mark.fidelity(
+    "forget/salun",
+    check="mask, soft threshold and losses by hand; rho = 1 equals random-label bit for bit; classes 3 and 8 of ten digits, three seeds",
+    measured="0 % left, the other classes lose 1.0 to 2.5 points; masked weights keep their bits",
+    paper="CIFAR-10, 10 % random: UA 2.85 against 5.24 retrained",
+    differs="examples count equally in the gradient; labels never equal the true one",
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_forgets_a_class(seed):
     model = digits_model(seed)

@@ -81,7 +81,7 @@ def test_an_empty_buffer_makes_it_no_call():
 
 @pytest.mark.parametrize("carry", [False, True])
 def test_calls_in_between_leave_the_training_around_them_alone(carry):
-    """With rate 0 and no norm layer selected the life is the plain one bit for bit: momentum, dropout, data order, statistics."""
+    """At rate 0, without norm layers, the life is the plain one to the bit: momentum, dropout, order, statistics."""
     from remanence.life.events import Recipe, learn_event
 
     lives = []
@@ -309,7 +309,7 @@ class Once(FPF):
 
 @pytest.mark.fidelity(
     "keep/fpf",
-    check="digits 5 x 2 class-incremental, perceptron with batch norm, reservoir 100: one call of norm + head after plain SGD",
+    check="digits 5 x 2 class-incremental, perceptron with batch norm, reservoir 100: one call after plain SGD",
     measured="0.20 before, 0.92 after one call, five seeds; 0.91 with a call after every task",
     paper="0.198 to 0.882 on digits (card, measured); the paper's own figures are for images with ResNet-18",
     differs="k counts per event; modules are not chosen by the probe",

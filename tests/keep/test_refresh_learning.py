@@ -92,7 +92,9 @@ def test_the_climb_written_out_with_noise_and_fisher():
     rng = lived.update()
     rng.epoch = 0
     draws = rng.rng("refresh-learning")
+    stale = u.out(batch)
     keeper.prepare(u, batch)
+    assert not torch.equal(u.out(batch).logits, stale.logits)  # a forward made before the climb is not used again
     for name, w in before.items():
         noise = torch.randn(w.shape, generator=draws, dtype=w.dtype)
         fisher = torch.zeros_like(w)
@@ -116,7 +118,7 @@ def test_each_inner_climb_takes_a_new_gradient():
 
 
 def test_the_step_after_the_climb_uses_the_moved_weights():
-    """SGD from w + climb with the gradient there, by hand; nothing of the forward made before is used again."""
+    """SGD from w + climb with the gradient there, by hand."""
     keeper = RefreshLearning(delta=0.05, noise=0.0)
     lived = Lived([keeper], mlp(64, [16], seed=3).double())
     task = double(STREAM[0], 32)

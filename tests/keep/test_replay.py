@@ -39,7 +39,7 @@ def watched(*keep):
 
 
 def test_reservoir_is_uniform_over_the_stream():
-    """Rows of two events, 24 and 40, into 8 places: every row stays with probability 8 / 64, by the chi-squared test at 0.1 %."""
+    """Rows of two events, 24 and 40, into 8 places: each stays with probability 8 / 64 (chi-squared test at 0.1 %)."""
     counts, lives = torch.zeros(64), 100
     x = torch.zeros(64, 2)
     tasks = [

@@ -57,7 +57,7 @@ def our_life(
     model: nn.Module, keepers: list[Keeper], tasks: list[Examples], optimizer: str, carry: bool = False, **knobs: Any
 ) -> State:
     state = State(model, Finetune(), keepers)
-    settings = {"epochs": 3, "batch_size": 16, "lr": LR, "optimizer": {optimizer: OPTIMIZERS[optimizer][1]}, **knobs}
+    settings = {"epochs": 2, "batch_size": 16, "lr": LR, "optimizer": {optimizer: OPTIMIZERS[optimizer][1]}, **knobs}
     for number, examples in enumerate(tasks):
         recipe = Recipe(number, settings, carry=carry)
         learn_event(state, as_task(examples, number), recipe, problem=Classification(), seed=5, history=tasks[:number])
@@ -76,7 +76,7 @@ def same_class_tasks() -> list[Examples]:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_replay_l2_and_gpm_in_three_added_lines_give_the_bits_of_our_loop(optimizer: str) -> None:
     model = network()
-    tasks, epochs = same_class_tasks(), 3
+    tasks, epochs = same_class_tasks(), 2
     life = our_life(copy.deepcopy(model), rm_keepers(protectors()), tasks, optimizer, carry=True)
     step = built(optimizer, model)
     bare = copy.deepcopy(model)
@@ -105,7 +105,7 @@ def rm_keepers(specs: list[Any]) -> list[Keeper]:
 
 
 def own_loop(
-    u: OwnLoop, model: nn.Module, tasks: list[Examples], optimizer: str, epochs: int = 3, start: int = 0, clip: bool = False, accumulate: int = 1
+    u: OwnLoop, model: nn.Module, tasks: list[Examples], optimizer: str, epochs: int = 2, start: int = 0, clip: bool = False, accumulate: int = 1
 ) -> None:  # fmt: skip
     """A user's loop whose every task has its own optimizer, a head of fixed or growing width, and accumulation."""
     for examples in tasks[start:]:
@@ -254,16 +254,38 @@ def looked(u: OwnLoop, model: nn.Module) -> list[Tensor]:
     return change
 
 
-def test_an_error_in_the_loop_leaves_no_hook_behind() -> None:
+def test_an_error_in_the_loop_leaves_no_hook_behind_and_the_task_unlearned() -> None:
     model, spy = network(), Spy()
     step = built("sgd", model)
     u = rm.guard(model, step, keep=spy)
     with pytest.raises(ZeroDivisionError), u.learn([0]):
         1 / 0  # noqa: B018
     step.step()
-    assert spy.calls == ["begin"]
-    with u.learn([0]):
-        pass
+    assert spy.calls == ["begin"] and u.event == "learn/0" and not len(u.classes.seen)
+    with u.learn([2, 0]):
+        assert u.classes.new.tolist() == u.classes.seen.tolist() == [0, 2] and not len(u.classes.old)
+    with u.learn([1, 0]):
+        assert u.event == "learn/1"
+        assert (u.classes.seen.tolist(), u.classes.new.tolist(), u.classes.old.tolist()) == ([0, 2, 1], [1], [0, 2])
+
+
+def test_batches_without_ids_and_problems_without_classes() -> None:
+    model = network()
+    step = built("sgd", model)
+    u = rm.guard(model, step, keep={"replay": {"per_class": 4}})
+    with u.learn(blobs(30, at=10)):
+        assert set(u.prepare({"x": torch.zeros(2, 6), "y": torch.zeros(2, dtype=torch.int64)})) == {"x", "y", "origin"}
+    with u.learn(blobs(30, seed=3, at=100)):
+        batch = u.prepare({"x": torch.zeros(2, 6), "y": torch.zeros(2, dtype=torch.int64)})
+    assert batch["x"].shape == (2 + 12, 6) and batch["origin"].tolist() == [0] * 2 + [1] * 12
+    assert u.parts[0].holds(Ids.range(0, 200)) == u.parts[0].buffer.ids  # type: ignore[attr-defined]
+
+    values = network(1)
+    u = rm.guard(values, built("sgd", values), keep="l2", problem="regression")
+    data = blobs(8).replace(y=torch.rand(8))
+    with u.learn(data):
+        assert not len(u.classes.seen) and u.data("task") is data
+        u.prepare(data.batch(torch.arange(8)))
 
 
 def test_wrong_use_is_refused_with_what_to_do() -> None:

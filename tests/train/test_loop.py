@@ -45,7 +45,7 @@ SGD = {"sgd": {"momentum": 0.9, "weight_decay": 0.01}}
 )  # fmt: skip
 def test_our_loop_is_a_bare_loop_bit_for_bit(optimizer: Any, how: dict[str, Any]) -> None:
     data, ours, theirs = blobs(83), network(), network()
-    u = update(ours, data, epochs=3, batch_size=16, lr=0.05, optimizer=optimizer, **how)
+    u = update(ours, data, epochs=2, batch_size=16, lr=0.05, optimizer=optimizer, **how)
     learn(u)
     schedule = how.get("schedule")
     factor = None
@@ -53,7 +53,7 @@ def test_our_loop_is_a_bare_loop_bit_for_bit(optimizer: Any, how: dict[str, Any]
         cosine = Cosine(**(schedule["cosine"] if isinstance(schedule, dict) else {}))
         factor = lambda step, total: cosine.factor(step, total, 0)  # noqa: E731
     built = Settings(lr=0.05, optimizer=optimizer).build(theirs.parameters())
-    steps = bare(theirs, data, built, 3, 16, clip=how.get("clip"), accumulate=how.get("accumulate", 1), factor=factor)
+    steps = bare(theirs, data, built, 2, 16, clip=how.get("clip"), accumulate=how.get("accumulate", 1), factor=factor)
     assert same(ours, theirs) and not same(ours, network())
     assert u.steps_done == steps
 
@@ -353,6 +353,18 @@ def test_lineage_tells_new_from_replayed() -> None:
     assert consumed.replayed == held and len(held) == 12
     consumed = learn(update(network(), data, [Replay(per_class=4)], event="learn/1"))
     assert consumed.new == data.ids and not consumed.replayed
+
+
+def test_rows_that_replace_others_are_in_the_lineage_too() -> None:
+    old = blobs(9, at=500).batch(torch.arange(9))
+
+    class Swaps(Keeper):
+        def prepare(self, u: Update, batch: Any) -> Any:
+            joined = u.extend(batch, old, self)
+            return {name: column[-len(batch["id"]) :] for name, column in joined.items()}
+
+    consumed = learn(update(network(), blobs(30), [Swaps()], batch_size=10))
+    assert consumed.replayed == Ids(range(500, 509)) and consumed.new == blobs(30).ids
 
 
 def test_fit_trains_another_module_without_keepers() -> None:
