@@ -100,9 +100,7 @@ def _load(part: Part | str | type[Method]) -> type[Any]:
     if isinstance(part, str):
         found = catalogue.named(part)
         if len(found) > 1:
-            raise BadInput(
-                f"{part!r} is a part of {', '.join(p.verb for p in found)}; say which, as in {found[0].verb}/{part}"
-            )
+            raise BadInput(f"{part!r} is a part of {', '.join(p.verb for p in found)}; say verb/{part}")
         part = found[0]
     return part.load() if isinstance(part, Part) else part
 
@@ -136,6 +134,7 @@ class _Case:
 
     def __post_init__(self) -> None:
         self.name, self._lives, self.tasks = "", 0, list(_stream())
+        self.everyone = self.tasks[0].train.ids | self.tasks[1].train.ids
         know(self.cls)
 
     @contextmanager
@@ -204,7 +203,8 @@ class _Case:
             part = next((m for m in (life._state.learner, *life._state.keepers) if type(m) is self.cls), self.make())
             figures = [metric.value(life._context()) for metric in life.metrics if type(metric) is self.cls]
             changed = [name for name, value in after.items() if value != before[name]]
-            return _Seen(bits, changed, part.bytes(), sum(_sizes(part.state_dict())), figures)
+            held = part.holds(self.everyone | Ids([10**9]))
+            return _Seen(bits, changed, part.bytes(), sum(_sizes(part.state_dict())), held, figures)
 
     @cached_property
     def forgotten(self) -> tuple[list[str], list[float]]:
@@ -214,7 +214,7 @@ class _Case:
         with self.life() as life:
             self.learn(life, 0, 1, epochs=8)
             if life._books.consumed:  # else the weights were never moved, and there is nothing in them to approximate
-                by = {"by": "random-label", "epochs": 15, "optimizer": "adamw", "lr": 0.01}
+                by: dict[str, Any] = {"by": "random-label", "epochs": 15, "optimizer": "adamw", "lr": 0.01}
                 said += _left(life, life.forget(Request(classes=[2]), **by))
                 shares.append(_share(life))
             self.learn(life, 2, epochs=12)
@@ -227,12 +227,14 @@ class _Case:
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What a life came to: its bits, the global state it changed, bytes as the part says and as it saves, its figures."""
+    """What a life came to: its bits, the global state it changed, bytes as the part says and as it saves, the
+    examples it says it holds, its figures."""
 
     bits: str
     changed: list[str]
     said: Any
     stored: int
+    holds: Ids
     figures: list[Any]
 
 
@@ -286,10 +288,10 @@ def _left(life: Life, receipt: Any) -> list[str]:
     for name, method in life._state.holders().items():
         records = records_held(method, receipt.ids)
         made_up = method.holds(receipt.ids) - records - life._books.holding()
-        said += (
-            [f"keeps records of {len(records)} forgotten examples in {name}: purge must drop them"] if records else []
-        )
-        said += [f"says that {name} holds {len(made_up)} examples of which no trace is left"] if made_up else []
+        if records:
+            said.append(f"keeps records of {len(records)} forgotten examples in {name}: purge must drop them")
+        if made_up:
+            said.append(f"says that {name} holds {len(made_up)} examples of which no trace is left")
     rows = [t for t in life.trace(receipt.ids) if t.state == "holds" and t.holder != "weights" and not t.inputs]
     return said + [f"leaves a trace: {row}" for row in rows]
 
@@ -355,16 +357,14 @@ def _twice_the_same(case: _Case) -> None:
 
 
 def _touches_nothing_global(case: _Case) -> None:
-    case.holds(
-        not case.straight.changed, f"changed {', '.join(case.straight.changed)}: they belong to the user's process"
-    )
+    changed = case.straight.changed
+    case.holds(not changed, f"changed {', '.join(changed)}: they belong to the user's process")
 
 
 def _survives_a_crash(case: _Case) -> None:
     """Killed between two events and again inside the next one, the life ends as if nothing had been."""
-    act, events = (
-        (case.forget, 3) if case.role is Forgetter else (lambda life: case.learn(life, 1, snapshot_every=2), 2)
-    )
+    forgets = case.role is Forgetter
+    act, events = (case.forget, 3) if forgets else (lambda life: case.learn(life, 1, snapshot_every=2), 2)
     with case.life() as life:
         case.learn(life, *range(events - 1))
         home = life.home
@@ -373,9 +373,8 @@ def _survives_a_crash(case: _Case) -> None:
     with case.life(home=home) as life:
         if len(life.events) < events:  # an accepted request has gone on by itself
             act(life)
-        case.holds(
-            _bits(life) == case.straight.bits, "ends with other bits after a crash: is all it remembers in state_dict?"
-        )
+        same = _bits(life) == case.straight.bits
+        case.holds(same, "ends with other bits after a crash: is all it remembers in state_dict?")
 
 
 @contextmanager
@@ -431,6 +430,12 @@ def _counts_its_bytes(case: _Case) -> None:
     case.holds(stored / 2 - 64 <= said <= 2 * stored + 4096, f"says {said} bytes and saves {stored} in state_dict")
     grew = stored > sum(_sizes(empty.state_dict()))
     case.holds(said > empty.bytes() or not grew, "stores something and says no byte more")
+
+
+def _says_what_it_holds(case: _Case) -> None:
+    seen, everyone = case.straight, case.everyone
+    case.holds(seen.holds or not seen.said, f"remembers {seen.said} bytes and says that it holds no example")
+    case.holds(seen.holds <= everyone, "says that it holds examples which it never saw")
 
 
 def _lets_go(case: _Case) -> None:
@@ -490,9 +495,9 @@ EVERY: tuple[Rule, ...] = (
     _strength_0_changes_nothing,
 )  # fmt: skip
 RULES: dict[type[Method], tuple[Rule, ...]] = {
-    Learner: (_nan_is_refused, _counts_its_bytes, _lets_go),
-    Keeper: (_nan_is_refused, _counts_its_bytes, _lets_go, _does_not_teach_back),
-    Where: (_nan_is_refused, _counts_its_bytes, _lets_go),
+    Learner: (_nan_is_refused, _counts_its_bytes, _says_what_it_holds, _lets_go),
+    Keeper: (_nan_is_refused, _counts_its_bytes, _says_what_it_holds, _lets_go, _does_not_teach_back),
+    Where: (_nan_is_refused, _lets_go),
     Forgetter: (_says_what_is_true,),
     Metric: (_gives_figures, _looks_without_a_trace),
 }

@@ -21,22 +21,23 @@ from remanence.train.update import Update
 
 @dataclass
 class FPF(Keeper):
-    """Forgetting-prioritised finetuning: `k` times per event, train only the modules that forget most, on a reservoir.
+    """Forgetting-prioritised finetuning: `k` times per event train what forgets most, and nothing else, on a buffer.
 
-        every total / k steps, the last time at the event's end:  `steps` steps on class-balanced batches of the buffer
-            theta_M <- theta_M - lr_t * d/d theta_M [ L + alpha * |f(x) - o|^2 ]        M = norm layers and head, lr_t -> 0
+        every total / k steps, last at the event's end: `steps` steps on class-balanced batches of the buffer
+            theta_M <- theta_M - lr_t * d/d theta_M [ L + alpha * |f(x) - o|^2 ]    M = norm layers and head, lr_t -> 0
 
-    k = 1 is FPF after the event, k > 1 is k-FPF: plain training in between, no replay in the step. L is the learner's own
-    loss. With ``objective="kd"`` o are the outputs that the training step gave when the row entered the buffer, and the
-    distance is the mean of squares over the columns there were then. Modules outside M keep every bit, running statistics
-    included: their norm layers stay in eval mode. The optimizer of each call is new; of the other parts only wheres act in it.
+    k = 1 is FPF after the event, k > 1 is k-FPF: plain training in between, no replay in the step. L is the learner's
+    own loss. With ``objective="kd"`` o are the outputs that the training step gave when the row entered the buffer,
+    and the distance is the mean of squares over the columns there were then. Modules outside M keep every bit,
+    running statistics included: their norm layers stay in eval mode. The optimizer of each call is new; of the other
+    parts only wheres act in it.
 
-    Pick it as the cheapest repair where a buffer exists: before the call accuracy on old tasks may swing, so measure after
-    it. Needs: labels, stores examples. After a forget, stored outputs are made anew by the new weights, in eval mode.
-    Reference: Zhao et al. 2023, "Does Continual Learning Equally Forget All Parameters?", arXiv 2304.04158. The paper counts k
-    over the whole stream, which nobody knows here. How modules are ranked is in `remanence.nn.sensitivity`; M is not
-    chosen by it.
-    Rate and steps are not the paper's but those that restore the digits in the tests.
+    Pick it as the cheapest repair where a buffer exists: before the call accuracy on old tasks may swing, so measure
+    after it. Needs: labels, stores examples. After a forget, stored outputs are made anew by the new weights, in eval
+    mode.
+    Reference: Zhao et al. 2023, "Does Continual Learning Equally Forget All Parameters?", arXiv 2304.04158. The paper
+    counts k over the whole stream, which nobody knows here. How modules are ranked is in `remanence.nn.sensitivity`;
+    M is not chosen by it. Rate and steps are not the paper's but those that restore the digits in the tests.
     """
 
     k: int = knob(1, "calls per event; 0: none", low=0)
@@ -89,8 +90,9 @@ class FPF(Keeper):
         call = _Call(self.buffer, frozen, self.steps, self.batch_size, self.alpha if self.objective == "kd" else 0.0)
         names = [name for name in u.parameters if name.rpartition(".")[0] in chosen]
         parts = [call, *(part for part in u.parts if isinstance(part, Where))]
-        u.run(data=_examples(self.buffer), parts=parts, trainable=names, replay=True, epochs=1, batch_size=self.batch_size,
-              optimizer={"sgd": {"momentum": self.momentum}}, lr=self.lr, schedule="cosine", accumulate=1)  # fmt: skip
+        u.run(data=_examples(self.buffer), parts=parts, trainable=names, replay=True, epochs=1,
+              batch_size=self.batch_size, optimizer={"sgd": {"momentum": self.momentum}}, lr=self.lr,
+              schedule="cosine", accumulate=1)  # fmt: skip
 
     def forgot(self, u: Update, ids: Ids) -> None:
         if self.derived():

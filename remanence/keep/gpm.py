@@ -27,19 +27,19 @@ class GPM(Keeper):
         end of an event:  E = R - R M M' = U S V',  M <- [M, first k columns of V],  k the smallest with
                           |R M|^2 + S_1^2 + .. + S_k^2 >= eps_t |R|^2,  eps_t = threshold + increase * t
 
-    R (samples, d_in) are the layer's inputs for examples of the event. dW is the change that the optimizer made, so momentum,
-    weight decay and Adam cannot move old answers either. A bias is projected with its weight (inputs get a column of ones).
-    What has no basis is frozen after the first event: norm layers, their running statistics too.
+    R (samples, d_in) are the layer's inputs for examples of the event. dW is the change that the optimizer made, so
+    momentum, weight decay and Adam cannot move old answers either. A bias is projected with its weight (inputs get a
+    column of ones). What has no basis is frozen after the first event: norm layers, their running statistics too.
 
-    The head is a layer like the others and shared by all events: every row, old or new, keeps its answers to old inputs. A new
-    row answers old inputs as it was drawn and learns in what is left, as in the paper's single-head experiment, where all
-    columns are there from the start.
+    The head is a layer like the others and shared by all events: every row, old or new, keeps its answers to old
+    inputs. A new row answers old inputs as it was drawn and learns in what is left, as in the paper's single-head
+    experiment, where all columns are there from the start.
 
-    Pick it where no example may be stored and tasks use different inputs. Needs: borders; linear layers and convolutions.
-    After a forget the bases are built again from the retained data and the new weights.
-    Reference: Saha et al. 2021, "Gradient Projection Memory for Continual Learning", arXiv 2103.09762; threshold, increase and
-    samples are those of its 10-split CIFAR-100. Deviations: the official code projects the gradient under plain SGD, and its
-    nets have no biases to project.
+    Pick it where no example may be stored and tasks use different inputs. Needs: borders; linear layers and
+    convolutions. After a forget the bases are built again from the retained data and the new weights.
+    Reference: Saha et al. 2021, "Gradient Projection Memory for Continual Learning", arXiv 2103.09762; threshold,
+    increase and samples are those of its 10-split CIFAR-100. Deviations: the official code projects the gradient
+    under plain SGD, and its nets have no biases to project.
     """
 
     threshold: float = knob(0.97, "share of the inputs' energy that is protected; 0: nothing", low=0, high=1)
@@ -61,8 +61,8 @@ class GPM(Keeper):
             own = dict(module.named_parameters(recurse=False))
             if not _is_covered(module) and any(p.dim() > 1 and p.requires_grad for p in own.values()):
                 raise BadInput(
-                    f"gpm: {name} is a {type(module).__name__}; only linear layers and convolutions without groups can be "
-                    "projected: freeze it, or leave gpm out"
+                    f"gpm: {name} is a {type(module).__name__}; only linear layers and convolutions without groups can "
+                    "be projected: freeze it, or leave gpm out"
                 )
             self._layers[name] = {kind: f"{name}.{kind}" if name else kind for kind in own}
 

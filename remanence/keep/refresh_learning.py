@@ -20,22 +20,23 @@ from remanence.train.update import Update
 
 @dataclass
 class RefreshLearning(Keeper):
-    """Before each step every tensor w climbs the loss of the new rows a little, with noise; then the usual step follows.
+    """Before each step every tensor w climbs the loss of the new rows a little, with noise; then comes the usual step.
 
         g = d/dw of mean over new rows of loss(f(x), y)
         w <- w + delta / (1 + damping * F_w) * (|w| / |g| * g + noise * N(0, I))        `inner` times
         end of an event:  F_w <- decay * F_w + mean_i p(y_i | x_i) (d log p(y_i | x_i) / dw)^2
 
-    It acts like a penalty on the gradient's norm, and so leads to flatter minima. The climb is taken over the batch's own
-    rows only, not over replayed ones, and leaves running statistics and the network's random numbers as they are. With
-    accumulation it comes before every batch.
+    It acts like a penalty on the gradient's norm, and so leads to flatter minima. The climb is taken over the batch's
+    own rows only, not over replayed ones, and leaves running statistics and the network's random numbers as they are.
+    With accumulation it comes before every batch.
 
-    Pick it to add about a point to replay methods, at twice the cost of a step. Needs: labels or targets.
-    After a forget the Fisher is taken again from the new weights and the retained data.
-    Reference: Wang et al. 2024, "A Unified and General Framework for Continual Learning", arXiv 2403.13249. This is the
-    released code, whose rate of the inner step (0.01) cancels in the norm matching. The paper climbs the whole objective by
-    gamma F^-1 grad with noise N(0, 2 gamma F^-1); that is not offered, as F^-1 has no bound. A tensor of zeros (a fresh bias)
-    moves by the noise alone. Other keepers' `project` does not see the climb, only the step after it.
+    Pick it to add about a point to replay methods, at twice the cost of a step. Needs: labels or targets. After a
+    forget the Fisher is taken again from the new weights and the retained data.
+    Reference: Wang et al. 2024, "A Unified and General Framework for Continual Learning", arXiv 2403.13249. This is
+    the released code, whose rate of the inner step (0.01) cancels in the norm matching. The paper climbs the whole
+    objective by gamma F^-1 grad with noise N(0, 2 gamma F^-1); that is not offered, as F^-1 has no bound. A tensor of
+    zeros (a fresh bias) moves by the noise alone. Other keepers' `project` does not see the climb, only the step
+    after it.
     """
 
     delta: float = knob(1e-5, "length of the climb, relative to each tensor's norm", low=0)

@@ -25,13 +25,13 @@ class NMC(Learner):
 
         z = f(x) / |f(x)|        mu_c = sum_{y_i = c} z_i / n_c        argmin_c |z - mu_c| = argmax_c 2 z.mu_c - |mu_c|^2
 
-    f is the input of the network's head, in eval mode, never trained. The means do not depend on the order or the cut of
-    the stream. After a forget the retained examples are counted afresh, so the means are those of a life without the
-    deleted ones (float64 sums; to 1e-10).
+    f is the input of the network's head, in eval mode, never trained. The means do not depend on the order or the cut
+    of the stream. After a forget the retained examples are counted afresh, so the means are those of a life without
+    the deleted ones (float64 sums; to 1e-10).
 
     Pick it first, with any pretrained backbone: what it cannot beat is not worth its cost. Needs: labels.
-    Reference: Janson et al. 2022, "A Simple Baseline that Questions the Use of Pretrained-Models in Continual Learning",
-    arXiv 2210.04428. As in the reference code, means are not normalised again unless ``metric="cosine"``.
+    Reference: Janson et al. 2022, "A Simple Baseline that Questions the Use of Pretrained-Models in Continual
+    Learning", arXiv 2210.04428. As in the reference code, means are not normalised again unless ``metric="cosine"``.
     """
 
     moves_weights: ClassVar[bool] = False

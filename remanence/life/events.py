@@ -13,9 +13,9 @@ from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
 from remanence.core.problem import Classification, Problem
 from remanence.data import Examples, Task, cat
-from remanence.life.build import resolve, resolve_all
 from remanence.life.state import State
 from remanence.train.loop import learn
+from remanence.train.resolve import resolve, resolve_all
 from remanence.train.roles import Keeper, Learner, Where
 from remanence.train.settings import Settings
 from remanence.train.update import Consumed, Update

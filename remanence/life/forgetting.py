@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remanence.core.errors import BadInput, EventFailed, NotFinite, Refused
+from remanence.core.errors import BadInput, EventFailed, NotFinite, Refused, UnknownName
 from remanence.core.holder import STATES, Holder
 from remanence.core.ids import Ids
 from remanence.core.rng import seed_of
 from remanence.data import Examples, Request, cat
 from remanence.life import receipts
-from remanence.life.build import check_keepers, resolve, resolve_all
 from remanence.life.evidence import Assessment, Assessor
 from remanence.life.files import canonical, empty, write_atomic
 from remanence.life.ledger import Row, commit
 from remanence.life.snapshots import weights_sha256
 from remanence.life.state import state_bytes
 from remanence.train.loop import forget as forget_run
+from remanence.train.resolve import check_keepers, resolve, resolve_all
 from remanence.train.roles import Forgetter, Keeper, Outcome, Where
 from remanence.train.settings import Settings
 from remanence.train.update import Update, hooks
@@ -122,14 +122,15 @@ def forget(
     keepers, wheres = resolve_all("keep", keep, Keeper), resolve_all("where", where, Where)
     check_keepers(keepers)
     made = Settings(**{**method.defaults, **settings})
-    ids, unseen = _resolve(life, request)
-    asked = _Asked(0, request, ids, len(unseen), method, keepers, wheres, made, seeds_of(verify), limit)
-    repeated = _repeat(life, asked)
-    if repeated is not None:
-        return repeated
+    seeds = seeds_of(verify)
     try:
+        ids, unseen = _resolve(life, request)
+        asked = _Asked(0, request, ids, len(unseen), method, keepers, wheres, made, seeds, limit)
+        repeated = _repeat(life, asked)
+        if repeated is not None:
+            return repeated
         _check(life, asked)
-    except Refused as error:
+    except (Refused, UnknownName) as error:
         with life._ledger.begin() as tx:
             tx.append("refused", {"by": method.slug}, {"reason": str(error), "at": time.time()})
         raise
@@ -633,7 +634,7 @@ def redact(life: Life) -> list[str]:
         if life._plan is not None:
             life._plan = without_ids(life._plan, "redacted")
             life._write("plan.yaml", life._plan.encode())
-        life._replay_rows([item.task for item in life._learned if item.task is not None])
+        life._replay_rows()
     life._ledger.scrub()
     return said
 

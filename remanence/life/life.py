@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -10,19 +11,28 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from remanence.core.errors import BadInput, Corrupt, DataChanged, Drift, EventFailed, NotFinite, Refused, RemanenceError
+from remanence.core.errors import (
+    BadInput,
+    Corrupt,
+    DataChanged,
+    Drift,
+    EventFailed,
+    NotFinite,
+    Refused,
+    RemanenceError,
+    StorageError,
+)
 from remanence.core.ids import Ids
 from remanence.core.problem import Classification, Problem, problem_of
 from remanence.data import Examples, Request, Stream, Task
 from remanence.life.books import Books
-from remanence.life.build import check_keepers, resolve, resolve_all
 from remanence.life.events import Recipe, learn_event, without
 from remanence.life.files import canonical, empty, plain_errors
 from remanence.life.ledger import Ledger, Row
@@ -30,6 +40,7 @@ from remanence.life.lock import Lock
 from remanence.life.snapshots import Snapshots, weights_sha256
 from remanence.life.state import State, state_bytes
 from remanence.train.loop import position
+from remanence.train.resolve import check_keepers, resolve, resolve_all
 from remanence.train.roles import Keeper, Learner, Method, Metric, Where
 from remanence.train.settings import Settings
 from remanence.train.update import Consumed, Context, Progress, Update
@@ -196,6 +207,7 @@ class Life:
         self._state = self._fresh_state(built.to(self.device))
         check_keepers(self._state.keepers)
         self._learned: list[Learned] = []
+        self._given: dict[str, Task] = {}  # the data of learn events by fingerprint, as it was given
         self._books = Books()
         self._references: dict[tuple[str, int], State] = {}
         self._rows: list[Row] = []
@@ -229,7 +241,7 @@ class Life:
         cls,
         home: str | Path,
         model: Any = None,
-        data: Stream | Sequence[Task] | None = None,
+        data: Stream | Sequence[Task | Examples] | None = None,
         *,
         parts: Sequence[type[Method]] = (),
         allow_drift: bool = False,
@@ -291,7 +303,10 @@ class Life:
                     "the model given is not the one this life began with; give it with its initial weights"
                 )
             life._check_drift(allow_drift)
-            life._replay_rows(list(data) if data is not None else [])
+            for task in data if data is not None else ():
+                made = _as_task(task, -1)
+                life._given[made.fingerprint()] = made
+            life._replay_rows()
             life._load_current()
             life._finish_owed()
             life._sweep()
@@ -347,20 +362,24 @@ class Life:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _replay_rows(self, data: list[Task]) -> None:
-        """Books and history from the rows; data is matched by task id and checked by fingerprint."""
-        tasks = {task.id: task for task in data}
+    def _replay_rows(self) -> None:
+        """Books and history from the rows. Data is known by what is in it, as it was given, so tasks may share an id."""
+        ids_given = {task.id for task in self._given.values()}
         self._books, self._learned, self._rows = Books(), [], []
         for row in self._ledger.rows(EVENTS):
             if row.kind == "learn":
-                about = row.body["task"]
-                task = tasks.get(about["id"])
-                if task is not None and task.fingerprint() != about["fingerprint"]:
+                about, ids = row.body["task"], self._ids(row.body["new"])
+                task = self._given.get(about["fingerprint"])
+                if task is None and about["id"] in ids_given:
                     raise DataChanged(
                         f"task {about['id']} of {about['source']} has changed since this life learned it; restore the source as it was "
                         "(ids by position would point to other examples)"
                     )
-                self._learned.append(Learned(Recipe(**row.body["recipe"]), task, self._ids(row.body["new"]), about))
+                if task is not None:
+                    task = replace(task, id=about["id"])
+                    if row.body["skipped_forgotten"]:
+                        task = without(task, task.train.ids - ids)
+                self._learned.append(Learned(Recipe(**row.body["recipe"]), task, ids, about))
             self._enter(row)
 
     def _enter(self, row: Row) -> None:
@@ -453,11 +472,7 @@ class Life:
         """
         self._writable()
         settings = Settings(epochs, batch_size, optimizer, lr, schedule, clip, accumulate)
-        task = (
-            Task(task, task, tuple(_labels(task)), tuple(map(str, _labels(task))), len(self._learned))
-            if isinstance(task, Examples)
-            else task
-        )
+        task = _as_task(task, max([len(self._learned), *(item.about["id"] + 1 for item in self._learned)]))
         recipe = Recipe(
             ordinal=len(self._learned),
             settings={name: getattr(settings, name) for name in settings.__dataclass_fields__},
@@ -470,6 +485,8 @@ class Life:
             check_keepers(resolve_all("keep", recipe.keep, Keeper))
         canonical(recipe.as_json())  # refuses what cannot be written down
         self._check_task(task)
+        fingerprint = task.fingerprint()
+        self._given[fingerprint] = task
         gone = task.train.ids & self._books.tombstones
         if gone and not allow_forgotten:
             if len(gone) == len(task.train):
@@ -487,6 +504,7 @@ class Life:
             measured = self._measured([*self._learned, Learned(recipe, task, consumed.new, {"id": task.id})])
             row = self._commit_learn(
                 task,
+                fingerprint,
                 recipe,
                 u,
                 consumed,
@@ -499,6 +517,8 @@ class Life:
             if isinstance(error, NotFinite):
                 raise EventFailed(f"{label} failed and the life is as it was before: {error}") from error
             raise
+        with contextlib.suppress(StorageError):  # what is left of older snapshots is swept again at the next open
+            self._sweep()
         return self._event(row)
 
     def _check_task(self, task: Task) -> None:
@@ -581,6 +601,7 @@ class Life:
     def _commit_learn(
         self,
         task: Task,
+        fingerprint: str,
         recipe: Recipe,
         u: Update,
         consumed: Consumed,
@@ -598,7 +619,7 @@ class Life:
                 "id": task.id,
                 "classes": [int(c) for c in task.classes],
                 "names": list(task.names),
-                "fingerprint": task.fingerprint(),
+                "fingerprint": fingerprint,
                 "source": task.train.source,
                 "train": len(task.train),
                 "test": len(task.test),
@@ -629,7 +650,6 @@ class Life:
         self._enter(row)
         self._settle_inputs()
         self._references.clear()
-        self._sweep()
         return row
 
     def forget(
@@ -817,7 +837,8 @@ class Life:
         c.learned = [next((i for i, row in enumerate(table) if task in row), len(table)) for task in order]
         c.holders, c.forgotten = state_bytes(self._state), self._books.tombstones
         values: dict[str, float] = {}
-        for metric in self.metrics if metrics is None else metrics:
+        wanted = self.metrics if metrics is None else metrics
+        for metric in wanted if order else ():  # where nothing was learned there is nothing to measure
             values.update({name: _rounded(value) for name, value in metric.value(c).items()})
         return {"accuracy": scores, "lost": lost, "measures": values}
 
@@ -829,7 +850,7 @@ class Life:
     def _roll_back(self, error: BaseException, label: str) -> None:
         """The life as it was at its last commit, and a row that says why."""
         self._load_current()
-        self._replay_rows([learned.task for learned in self._learned if learned.task is not None])
+        self._replay_rows()
         self._settle_inputs()
         if not isinstance(error, KeyboardInterrupt | SystemExit):
             try:
@@ -938,6 +959,14 @@ def _load_into(u: Update, packed: Mapping[str, Any]) -> None:
 def _spec(problem: Problem) -> dict[str, Any]:
     name = type(problem).__name__.lower()
     return {name: {key: getattr(problem, key) for key in problem.__dataclass_fields__}}
+
+
+def _as_task(data: Task | Examples, number: int) -> Task:
+    """Bare examples as a task that is measured on itself."""
+    if not isinstance(data, Examples):
+        return data
+    labels = _labels(data)
+    return Task(data, data, tuple(labels), tuple(map(str, labels)), number)
 
 
 def _labels(examples: Examples) -> list[int]:

@@ -16,9 +16,9 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from remanence import catalogue
 from remanence.core.errors import BadInput, UnknownName, nearest
 from remanence.core.problem import PROBLEMS, problem_of
-from remanence.life.build import check_keepers
 from remanence.life.plan import REDACTED, Forget, Learn, Plan, Problems, _defaults, _function, _runs
 from remanence.life.yaml import Document, Place, shown
+from remanence.train.resolve import check_keepers
 from remanence.train.roles import Forgetter, Keeper, Learner, Method, Metric, Where
 from remanence.train.schedules import SCHEDULES
 from remanence.train.settings import Settings

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from remanence.core.errors import Corrupt
 from remanence.core.problem import Problem
-from remanence.life.build import named, resolve
 from remanence.nn.anatomy import module_bytes
+from remanence.train.resolve import named, resolve
 from remanence.train.roles import Keeper, Learner, Method, Metric
 from remanence.train.update import Context, Update
 

@@ -14,6 +14,7 @@ import torch
 
 from remanence import catalogue
 from remanence.core.errors import BadInput, UnknownName
+from remanence.core.ids import Ids
 from remanence.core.knobs import knob
 from remanence.data import Examples
 from remanence.keep.ewc import EWC
@@ -195,6 +196,23 @@ class Clinging(Weightless):
 
 
 @dataclass
+class Silent(Weightless):
+    """Stores examples and does not own up to it."""
+
+    def bytes(self) -> int:
+        return self.buffer.bytes()
+
+    def holds(self, ids):
+        return Ids()
+
+
+@dataclass
+class Boasting(Keeper):
+    def holds(self, ids):
+        return ids
+
+
+@dataclass
 class TeachingBack(Keeper):
     """Pulls the weights back to where they were before the forget."""
 
@@ -267,6 +285,8 @@ class Meddling(Metric):
         (Leaking, "touches_nothing_global", {"how": "threads"}, "threads"),
         (Never0, "strength_0_changes_nothing", {}, "other weights"),
         (Weightless, "counts_its_bytes", {}, "says 0 bytes"),
+        (Silent, "says_what_it_holds", {}, "no example"),
+        (Boasting, "says_what_it_holds", {}, "never saw"),
         (Clinging, "lets_go", {}, "purge"),
         (TeachingBack, "does_not_teach_back", {}, "one task later"),
         (StaleEWC, "does_not_teach_back", {}, "one task later"),

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from remanence.core.problem import Classification, Problem
 from remanence.data import Examples, Stream, Task, split_digits
-from remanence.life.build import resolve, resolve_all
 from remanence.life.events import Recipe, learn_event
 from remanence.life.state import State
 from remanence.models import mlp
+from remanence.train.resolve import resolve, resolve_all
 from remanence.train.roles import Keeper, Learner
 from remanence.train.settings import Settings
 from remanence.train.update import Update

@@ -269,6 +269,22 @@ def test_an_error_in_the_loop_leaves_no_hook_behind_and_the_task_unlearned() -> 
         assert (u.classes.seen.tolist(), u.classes.new.tolist(), u.classes.old.tolist()) == ([0, 2, 1], [1], [0, 2])
 
 
+def test_head_rows_of_old_classes_are_held_wherever_they_lie() -> None:
+    model = network(6)
+    step = torch.optim.SGD(model.parameters(), lr=0.1)
+    u = rm.guard(model, step, keep={"l2": {"strength": 1.0}})
+    with u.learn(blobs(20, 2, first=4)):
+        pass
+    with u.learn(blobs(20, 2, first=1)):
+        with torch.no_grad():
+            model.head.weight.add_(1.0)
+        step.zero_grad()
+        step.step()  # no loss: only the pull, 2 * strength * 1
+        moved = model.head.weight.grad
+    assert moved is not None and moved.sum(1).ne(0).tolist() == [False] * 4 + [True] * 2
+    torch.testing.assert_close(moved[4:], torch.full_like(moved[4:], 2.0))
+
+
 def test_batches_without_ids_and_problems_without_classes() -> None:
     model = network()
     step = built("sgd", model)

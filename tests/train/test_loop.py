@@ -95,11 +95,8 @@ def test_strength_zero_of_every_listed_keeper_changes_no_bit(slug: str) -> None:
         cls = catalogue.find("keep", slug).load()
     except ModuleNotFoundError:
         pytest.skip(f"{slug} is not written yet")
-    knobs = (
-        {"strength": 0.0} if "strength" in cls.__dataclass_fields__ else {"batch_size": 0} if slug == "replay" else None
-    )
-    if knobs is None:
-        pytest.skip(f"{slug} has no strength")
+    off = {"replay": {"batch_size": 0}, "gpm": {"threshold": 0.0}, "fpf": {"k": 0}, "refresh-learning": {"delta": 0.0}}
+    knobs = off.get(slug, {"strength": 0.0})
     plain, kept, keeper = noisy(), noisy(), cls(**knobs)
     for number, data in enumerate((blobs(60), blobs(50, seed=4, at=100))):
         for model, parts in ((plain, []), (kept, [keeper])):
