@@ -200,7 +200,8 @@ def _repeat(life: Life, asked: _Asked) -> Receipt | None:
 
 
 def _check(life: Life, asked: _Asked) -> None:
-    """Refuse what cannot be carried out, before anything moves."""
+    """Refuse what cannot be carried out, before anything moves; a signing key that is missing is a `StorageError`."""
+    receipts.public_key(receipts.chain_key(life._ledger))
     if not asked.ids:
         return
     reachable = all(learned.task is not None for learned in life._learned)
@@ -308,7 +309,8 @@ def _carry_out(life: Life, asked: _Asked) -> Receipt:
     life._references.clear()
     reached("commit")
     finish(life)
-    return next(receipt for receipt in life.receipts if receipt.number == asked.number)
+    found: Receipt = next(receipt for receipt in life.receipts if receipt.number == asked.number)
+    return found
 
 
 @dataclass
@@ -428,6 +430,8 @@ def _held(life: Life, ids: Ids) -> dict[str, int]:
     for entry in life._ledger.get_current("snapshots"):
         if entry["event"]:
             held[f"snapshots/{entry['event']}"] = len(ids & consumed_by(life, entry["event"]))
+    for entry in life._ledger.get_current("references", []):
+        held[f"references/{entry['key'][:8]}"] = len(ids & life._ids(entry["ids"]))
     return {name: n for name, n in held.items() if n}
 
 
@@ -491,7 +495,8 @@ def _commit(
         )
         tx.set_current("snapshots", now)
         tx.set_current("checkpoint", None)
-        tx.set_current("owed", {"number": asked.number, "erase": erase})
+        stale = [e["key"] for e in life._ledger.get_current("references", []) if asked.ids & life._ids(e["ids"])]
+        tx.set_current("owed", {"number": asked.number, "erase": erase, "references": stale})
     return row
 
 
@@ -503,7 +508,7 @@ def finish(life: Life) -> None:
     owed = life._ledger.get_current("owed")
     if owed:
         row = next(r for r in life._ledger.rows("forget") if r.body["number"] == owed["number"])
-        _erase(life)
+        _erase(life, owed["references"])
         reached("erase")
         remaining = _look_again(life, row)
         reached("look again")
@@ -517,10 +522,22 @@ def finish(life: Life) -> None:
     reached("file")
 
 
-def _erase(life: Life) -> None:
+def _erase(life: Life, references: Sequence[str]) -> None:
+    _drop_references(life, references)
     life._sweep()
     empty(life.home / "work")
     life._ledger.scrub()
+
+
+def _drop_references(life: Life, stale: Sequence[str]) -> None:
+    """Erase references that hold what was forgotten; one in a folder that this life was not given stays, and is named."""
+    if not stale or life._store is None:
+        return
+    for key in stale:
+        life._store.erase(key)
+    with life._ledger.begin() as tx:
+        left = [entry for entry in life._ledger.get_current("references", []) if entry["key"] not in stale]
+        tx.set_current("references", left)
 
 
 def _look_again(life: Life, row: Row) -> list[dict[str, Any]]:

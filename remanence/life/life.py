@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from remanence import catalogue
 from remanence.core.errors import (
     BadInput,
     Corrupt,
@@ -37,6 +38,7 @@ from remanence.life.events import Recipe, learn_event, without
 from remanence.life.files import canonical, empty, plain_errors
 from remanence.life.ledger import Ledger, Row
 from remanence.life.lock import Lock
+from remanence.life.references import References, code_sha256
 from remanence.life.snapshots import Snapshots, weights_sha256
 from remanence.life.state import State, state_bytes
 from remanence.train.loop import position
@@ -109,6 +111,8 @@ class Life:
         device: where the model lives; default: where it is.
         ledger: a database URL; default: ``ledger.db`` in the home.
         measure: metrics taken after each event.
+        references: a folder in which models retrained for evidence are kept and shared with other lives; None: they are dropped
+            after the event.
 
     Raises:
         BadInput, UnknownName: something cannot be used; nothing was written.
@@ -133,6 +137,7 @@ class Life:
         name: str | None = None,
         plan: str | None = None,
         progress: Progress | None = None,
+        references: str | Path | None = None,
     ) -> None:
         if tokenizer is not None:
             raise BadInput(
@@ -142,6 +147,7 @@ class Life:
         self._temporary = tempfile.TemporaryDirectory(prefix="remanence-") if home is None else None
         self.home = Path(self._temporary.name if self._temporary else home or "").resolve()
         self._plan = plan
+        self._store = References(references) if references is not None else None
         self._open(ledger, new=True)
         try:
             if self._ledger.rows():
@@ -247,6 +253,7 @@ class Life:
         allow_drift: bool = False,
         ledger: str | None = None,
         progress: Progress | None = None,
+        references: str | Path | None = None,
     ) -> Life:
         """Go on with the life in `home` from its last committed event.
 
@@ -272,6 +279,7 @@ class Life:
             raise BadInput(f"{home} holds no life (no ledger.db)")
         life = cls.__new__(cls)
         life.home, life._temporary, life._plan = home, None, None
+        life._store = References(references) if references is not None else None
         life._open_existing(ledger)
         try:
             born = life._ledger.rows("born")
@@ -422,7 +430,7 @@ class Life:
     @property
     def holders(self) -> dict[str, Any]:
         """Everything in the life that remembers, by name, with its bytes."""
-        return {**state_bytes(self._state), "snapshots": self._snapshot_bytes()}
+        return {**state_bytes(self._state), "snapshots": self._snapshot_bytes(), **self._reference_bytes()}
 
     @property
     def events(self) -> list[Event]:
@@ -874,27 +882,59 @@ class Life:
         """A fresh life of the same learn events without `gone`: buffers, statistics and keepers built anew."""
         key = (gone.digest(), seed)
         if key not in self._references:
+            if any(learned.task is None for learned in self._learned):
+                raise Refused("retraining needs the data of every event; give it: Life.resume(home, model, data=...)")
+            tasks = [(learned.recipe, learned.retained(gone)) for learned in self._learned]
+            left = [(recipe, task) for recipe, task in tasks if task is not None]
             state = self._fresh_state(self._initial(seed), metrics=False)
-            history: list[Examples] = []
-            for learned in self._learned:
-                if learned.task is None:
-                    raise Refused(
-                        "retraining needs the data of every event; give it: Life.resume(home, model, data=...)"
-                    )
-                task = learned.retained(gone)
-                if task is not None:
+            name = self._reference_key(state, left, seed) if self._store is not None else ""
+            packed = self._store.get(name) if self._store is not None else None
+            if packed is not None:
+                state.load(packed, copy.deepcopy(state.model))
+            else:
+                history: list[Examples] = []
+                for recipe, task in left:
                     learn_event(
-                        state,
-                        task,
-                        learned.recipe,
-                        problem=self.problem,
-                        seed=seed,
-                        history=history,
-                        device=self.device,
-                    )
+                        state, task, recipe, problem=self.problem, seed=seed, history=history, device=self.device, progress=self._progress
+                    )  # fmt: skip
                     history.append(task.train)
+            if self._store is not None:
+                self._store.put(name, state.pack())
+                self._register_reference(name, [task for _, task in left])
             self._references[key] = state
         return self._references[key]
+
+    def _reference_key(self, fresh: State, left: Sequence[tuple[Recipe, Task]], seed: int) -> str:
+        """The hash of all that makes a reference: two lives that would retrain the same model find the same one."""
+        methods = [fresh.learner, *fresh.keepers, *resolve_all("where", self._where, Where)]
+        about = {
+            "weights": weights_sha256(fresh.model.state_dict()),
+            "problem": _spec(self.problem),
+            "methods": [method.spec() for method in methods],
+            "seed": seed,
+            "events": [[recipe.as_json(), task.fingerprint(), task.train.ids.digest()] for recipe, task in left],
+            "code": code_sha256(
+                [part for method in methods for part in catalogue.every() if part.module == type(method).__module__]
+            ),
+            "versions": versions(),
+        }
+        return hashlib.sha256(canonical(about).encode()).hexdigest()
+
+    def _register_reference(self, key: str, tasks: Sequence[Task]) -> None:
+        """A reference is a holder of what it was trained on, and the life answers for it."""
+        known = self._ledger.get_current("references", [])
+        if key not in [entry["key"] for entry in known]:
+            ids = Ids()
+            for task in tasks:
+                ids = ids | task.train.ids
+            with self._ledger.begin() as tx:
+                tx.set_current("references", [*known, {"key": key, "ids": self._ledger.lineage.put(ids)}])
+
+    def _reference_bytes(self) -> dict[str, int]:
+        entries = self._ledger.get_current("references", []) if self._store is not None else []
+        return (
+            {"references": sum(self._store.bytes(entry["key"]) for entry in entries)} if entries and self._store else {}
+        )
 
     def _snapshot_bytes(self) -> int:
         return sum(self._snapshots.bytes(entry["manifest"]) for entry in self._ledger.get_current("snapshots", []))

@@ -502,12 +502,13 @@ class Lineage:
                 row.digest: row.data for row in connection.execute(select(blocks).where(blocks.c.digest.in_(names)))
             }
             for first, repeat, content in part:
-                if content not in data or hashlib.sha256(data[content]).hexdigest() != content:
+                found = data.get(content)
+                if not isinstance(found, bytes) or hashlib.sha256(found).hexdigest() != content:
                     raise Corrupt(
                         f"the block of ids {content[:12]} in the ledger is missing or altered; restore "
                         "ledger.db from a copy"
                     )
-                low = decode(data[content])
+                low = decode(found)
                 for block in range(first, first + repeat):
                     yield block, low
 

@@ -36,7 +36,18 @@ from remanence.core.errors import BadInput, Corrupt, RemanenceError, StorageErro
 from remanence.life.files import canonical, inside, plain_errors, sha256_file, write_atomic
 from remanence.life.ledger import Ledger, Row, Transaction
 
-__all__ = ["Verdict", "config_folder", "describe", "public_key", "receipt_of", "rotate", "seal", "sign", "verify"]
+__all__ = [
+    "Verdict",
+    "chain_key",
+    "config_folder",
+    "describe",
+    "public_key",
+    "receipt_of",
+    "rotate",
+    "seal",
+    "sign",
+    "verify",
+]
 
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 

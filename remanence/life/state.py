@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,3 @@ def state_bytes(state: State) -> dict[str, int]:
         "weights": module_bytes(state.model),
         **{name: method.bytes() for name, method in state.holders().items() if method.bytes()},
     }
-
-
-Fresh = Callable[[int | None], State]

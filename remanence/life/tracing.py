@@ -31,7 +31,7 @@ def trace(life: Life, ids: Ids, erasing: bool | None = None) -> list[Trace]:
         purged = _once_held(life, name, ids) - records - derived
         if purged:
             rows.append(Trace(name, purged, "deleted", (), "purged on request; no copy is left"))
-    rows += _snapshots(life, ids)
+    rows += _snapshots(life, ids) + _references(life, ids)
     if owed:
         rows = [Trace(t.holder, t.ids, "holds", t.inputs, f"erasing: {t.reason}") for t in rows]
     return sorted(rows, key=lambda t: STATES.index(t.state))
@@ -83,5 +83,31 @@ def _snapshots(life: Life, ids: Ids) -> list[Trace]:
                             (),
                             "the file was erased",
                         )
+                    )
+    return [row for row in rows if row.ids]
+
+
+def _references(life: Life, ids: Ids) -> list[Trace]:
+    """Models retrained for evidence that are kept: each holds what it was trained on, until a request erases it."""
+    from remanence.life.life import Trace
+
+    rows = [
+        Trace(
+            f"references/{entry['key'][:8]}",
+            ids & life._ids(entry["ids"]),
+            "holds",
+            (),
+            "a model retrained for evidence learned them",
+        )
+        for entry in life._ledger.get_current("references", [])
+        if life._store is None or entry["key"] in life._store  # another life may have erased a shared one
+    ]
+    alive = {row.holder for row in rows}
+    for row in life._rows:
+        if row.kind == "forget" and row.body["n"]:
+            for holder in row.body["held"]:
+                if holder.startswith("references/") and holder not in alive:
+                    rows.append(
+                        Trace(holder, ids & life._ids(row.body["ids"]), "deleted", (), "the reference was erased")
                     )
     return [row for row in rows if row.ids]

@@ -1,0 +1,1 @@
+"""The same settings in other libraries, each in an environment of its own."""
