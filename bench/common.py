@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -48,22 +48,25 @@ class Row:
 
 @dataclass
 class Times:
-    """Seconds of one run: `wall`, and `cpu` of this process, which other work on the machine disturbs less."""
+    """Seconds of one run: `wall`, and `cpu` of this process, which other work on the machine disturbs less; `parts`: of its
+    parts, as the run itself clocked them."""
 
     wall: float
     cpu: float
+    parts: list[Times] = field(default_factory=list)
 
 
+#: A run: what it returns are the times of its parts, if it clocked any.
+Run = Callable[[], list[Times] | None]
 #: What is timed: called without arguments, it prepares a run off the clock and returns the run itself.
-Side = Callable[[], Callable[[], object]]
+Side = Callable[[], Run]
 
 
-def timed(run: Callable[[], object]) -> Times:
+def timed(run: Callable[[], Any]) -> Times:
     """Seconds of one call."""
-    gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return Times(time.perf_counter() - wall, time.process_time() - cpu)
+    parts = run()
+    return Times(time.perf_counter() - wall, time.process_time() - cpu, parts or [])
 
 
 def interleave(sides: Mapping[str, Side], rounds: int = 15, warmup: int = 2) -> dict[str, list[Times]]:
@@ -72,7 +75,9 @@ def interleave(sides: Mapping[str, Side], rounds: int = 15, warmup: int = 2) -> 
     found: dict[str, list[Times]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            took = timed(sides[name]())
+            run = sides[name]()
+            gc.collect()
+            took = timed(run)
             if number >= warmup:
                 found[name].append(took)
     return found

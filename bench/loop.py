@@ -4,13 +4,12 @@
 
 A run is a whole life at the level of `learn_event`: 5 tasks x 2 classes, one epoch each, MLP d-256-256-10, fused SGD,
 batch 64, on preloaded tensors. The bare loops are what a careful engineer writes for the same thing: whole tensors, one
-gather per batch, no books. Both sides must end in the same weights, bit for bit, or the benchmark stops.
+gather per batch, no books. Finetuning and EWC must end in the same bits on both sides, or the benchmark stops.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.common import Row, Side, Times, interleave, network, quartiles, ratio, ratio_row, save, streams, timed
+from bench.common import Row, Run, Side, Times, interleave, network, quartiles, ratio_row, save, streams, timed
 from remanence import Life
 from remanence.core.problem import Classification
 from remanence.core.rng import generator
@@ -27,10 +26,8 @@ from remanence.data import Stream
 from remanence.life.events import Recipe, learn_event
 from remanence.life.state import State
 from remanence.nn.fisher import diagonal_fisher
-from remanence.train.loop import learn
 from remanence.train.resolve import resolve, resolve_all
 from remanence.train.roles import Keeper, Learner
-from remanence.train.settings import Settings
 from remanence.train.update import Update
 
 LR, BATCH, PER_CLASS, STRENGTH = 0.1, 64, 20, 100.0
@@ -38,24 +35,33 @@ SETTINGS = {"epochs": 1, "batch_size": BATCH, "optimizer": "sgd", "lr": LR}
 REPLAY = {"replay": {"per_class": PER_CLASS, "batch_size": BATCH, "policy": "class-balanced"}}
 EWC = {"ewc": {"strength": STRENGTH}}
 PROBLEM = Classification(classes=list(range(10)))
+Ends = dict[str, nn.Module]
 
 
 # ------------------------------------------------------------------------------------------------- our side
 
 
-def ours(stream: Stream, keep: Any = (), ends: dict[str, nn.Module] | None = None) -> Side:
-    """Every task through `learn_event`, as a life and its references do."""
+def ours(stream: Stream, keep: Any = (), ends: Ends | None = None) -> Side:
+    """Every task through `learn_event`, as a life and its references do; the parts are the loops alone."""
 
-    def prepare() -> Callable[[], object]:
+    def prepare() -> Run:
         state = State(network(stream), resolve("learn", "finetune", Learner), resolve_all("keep", keep, Keeper))
 
-        def run() -> None:
+        def run() -> list[Times]:
             history: list[Any] = []
+            parts: list[Times] = []
+
+            def clock(u: Update) -> None:
+                phase = u.run
+                u.run = lambda: parts.append(timed(phase))  # type: ignore[method-assign]
+
             for number, task in enumerate(stream):
-                learn_event(state, task, Recipe(number, SETTINGS), problem=PROBLEM, seed=0, history=history)
+                recipe = Recipe(number, SETTINGS)
+                learn_event(state, task, recipe, problem=PROBLEM, seed=0, history=history, before=clock)
                 history.append(task.train)
             if ends is not None:
                 ends["ours"] = state.model
+            return parts
 
         return run
 
@@ -63,10 +69,10 @@ def ours(stream: Stream, keep: Any = (), ends: dict[str, nn.Module] | None = Non
 
 
 def a_life(stream: Stream, folder: Path) -> Side:
-    """Every task through `Life.learn`: measured, with ledger and snapshots."""
+    """Every task through `Life.learn`: measured after each, with ledger and snapshots."""
     count = iter(range(10**6))
 
-    def prepare() -> Callable[[], object]:
+    def prepare() -> Run:
         life = Life(network(stream), problem=PROBLEM, home=folder / str(next(count)))
 
         def run() -> None:
@@ -87,63 +93,62 @@ def order_of(number: int, rows: int) -> Tensor:
     return torch.randperm(rows, generator=generator(0, f"learn/{number}", "", "order", 0))
 
 
-def bare(stream: Stream, ends: dict[str, nn.Module] | None = None) -> Side:
-    def prepare() -> Callable[[], object]:
-        model = network(stream)
-        data = [(task.train["x"], task.train["y"]) for task in stream]
-
-        def run() -> None:
-            model.train()
-            for number, (x, y) in enumerate(data):
-                optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
-                for rows in order_of(number, len(x)).split(BATCH):
-                    optimizer.zero_grad()
-                    loss = F.cross_entropy(model(x[rows]), y[rows])
-                    loss.backward()
-                    optimizer.step()
-            if ends is not None:
-                ends["bare"] = model
-
-        return run
-
-    return prepare
-
-
-def bare_replay(stream: Stream, uniform: bool = False, ends: dict[str, nn.Module] | None = None) -> Side:
-    """`PER_CLASS` rows of every class stay, as many of each class as can be are drawn for every batch.
-
-    uniform: draw without regard to classes, the least that a replay loop can do.
+def bare(stream: Stream, keep: str = "", ends: Ends | None = None) -> Side:
+    """The bare loop; `keep`: nothing, ``replay`` (as many rows of each class as can be), ``uniform`` (rows drawn without
+    regard to classes, the least that a replay loop can do) or ``ewc`` (one anchor, one summed Fisher, computed as ours is).
     """
 
-    def prepare() -> Callable[[], object]:
+    def prepare() -> Run:
         model = network(stream)
         data = [(task.train["x"], task.train["y"]) for task in stream]
-        kept = [[(y == label).nonzero()[:, 0] for label in y.unique()] for _, y in data]
+        classes = [[(y == label).nonzero()[:, 0] for label in y.unique()] for _, y in data]
 
-        def run() -> None:
+        def run() -> list[Times]:
             model.train()
-            old_x, old_y = data[0][0][:0], data[0][1][:0]
+            parts: list[Times] = []
+            memory: Any = ()
             for number, (x, y) in enumerate(data):
-                optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
-                draws = generator(0, f"learn/{number}", "", "replay", 0)
-                for rows in order_of(number, len(x)).split(BATCH):
-                    batch_x, batch_y = x[rows], y[rows]
-                    if len(old_y):
-                        drawn = torch.randperm(len(old_y), generator=draws)
-                        drawn = drawn[:BATCH] if uniform else balanced(drawn, old_y, draws)
-                        batch_x, batch_y = torch.cat([batch_x, old_x[drawn]]), torch.cat([batch_y, old_y[drawn]])
-                    optimizer.zero_grad()
-                    loss = F.cross_entropy(model(batch_x), batch_y)
-                    loss.backward()
-                    optimizer.step()
-                chosen = torch.cat([rows[torch.randperm(len(rows), generator=draws)[:PER_CLASS]] for rows in kept[number]])
-                old_x, old_y = torch.cat([old_x, x[chosen]]), torch.cat([old_y, y[chosen]])
+                if keep == "ewc":
+                    parts.append(timed(lambda: steps_ewc(model, number, x, y, memory)))  # noqa: B023
+                    memory = consolidated(model, x, y, memory)
+                elif keep:
+                    draws = generator(0, f"learn/{number}", "", "replay", 0)
+                    parts.append(timed(lambda: steps_replay(model, number, x, y, memory, draws, keep == "uniform")))  # noqa: B023
+                    chosen = [rows[torch.randperm(len(rows), generator=draws)[:PER_CLASS]] for rows in classes[number]]
+                    memory = [torch.cat([*memory[at : at + 1], c[torch.cat(chosen)]]) for at, c in enumerate((x, y))]
+                else:
+                    parts.append(timed(lambda: steps(model, number, x, y)))  # noqa: B023
             if ends is not None:
                 ends["bare"] = model
+            return parts
 
         return run
 
     return prepare
+
+
+def steps(model: nn.Module, number: int, x: Tensor, y: Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
+    for rows in order_of(number, len(x)).split(BATCH):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+
+
+def steps_replay(
+    model: nn.Module, number: int, x: Tensor, y: Tensor, memory: Any, draws: torch.Generator, uniform: bool
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
+    for rows in order_of(number, len(x)).split(BATCH):
+        batch_x, batch_y = x[rows], y[rows]
+        if memory:
+            old_x, old_y = memory
+            drawn = torch.randperm(len(old_y), generator=draws)
+            drawn = drawn[:BATCH] if uniform else balanced(drawn, old_y, draws)
+            batch_x, batch_y = torch.cat([batch_x, old_x[drawn]]), torch.cat([batch_y, old_y[drawn]])
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch_x), batch_y).backward()
+        optimizer.step()
 
 
 def balanced(drawn: Tensor, y: Tensor, draws: torch.Generator) -> Tensor:
@@ -158,65 +163,85 @@ def balanced(drawn: Tensor, y: Tensor, draws: torch.Generator) -> Tensor:
     return chosen[torch.randperm(len(chosen), generator=draws)]
 
 
-def bare_ewc(stream: Stream, ends: dict[str, nn.Module] | None = None) -> Side:
-    """One anchor and one summed Fisher; the Fisher itself is computed as ours is."""
-
-    def prepare() -> Callable[[], object]:
-        model = network(stream)
-        data = [(task.train["x"], task.train["y"]) for task in stream]
-
-        def run() -> None:
-            model.train()
-            params = list(model.parameters())
-            named = dict(model.named_parameters())
-            anchor: list[Tensor] = []
-            stiff: list[Tensor] = []
-            for number, (x, y) in enumerate(data):
-                optimizer = torch.optim.SGD(params, lr=LR, fused=True)
-                for rows in order_of(number, len(x)).split(BATCH):
-                    optimizer.zero_grad()
-                    loss = F.cross_entropy(model(x[rows]), y[rows])
-                    loss.backward()
-                    if anchor:
-                        with torch.no_grad():
-                            away = torch._foreach_sub(params, anchor)
-                            torch._foreach_mul_(away, STRENGTH)
-                            torch._foreach_addcmul_([p.grad for p in params], away, stiff)
-                    optimizer.step()
-                batches = ({"x": a, "y": b} for a, b in zip(x.split(256), y.split(256), strict=True))
-                fisher = list(diagonal_fisher(model, PROBLEM, batches, named, "empirical", torch.arange(10)).values())
-                if anchor:
-                    torch._foreach_add_(fisher, stiff)
-                anchor, stiff = [p.detach().clone() for p in params], fisher
-            if ends is not None:
-                ends["bare"] = model
-
-        return run
-
-    return prepare
+def steps_ewc(model: nn.Module, number: int, x: Tensor, y: Tensor, memory: Any) -> None:
+    params = list(model.parameters())
+    optimizer = torch.optim.SGD(params, lr=LR, fused=True)
+    for rows in order_of(number, len(x)).split(BATCH):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        if memory:
+            with torch.no_grad():
+                away = torch._foreach_sub(params, memory[0])
+                torch._foreach_mul_(away, STRENGTH)
+                torch._foreach_addcmul_([p.grad for p in params], away, memory[1])
+        optimizer.step()
 
 
-# ------------------------------------------------------------------------------------------------- EWC by task
+def consolidated(model: nn.Module, x: Tensor, y: Tensor, memory: Any) -> tuple[list[Tensor], list[Tensor]]:
+    batches = ({"x": a, "y": b} for a, b in zip(x.split(256), y.split(256), strict=True))
+    named = dict(model.named_parameters())
+    fisher = list(diagonal_fisher(model, PROBLEM, batches, named, "empirical", torch.arange(10)).values())
+    if memory:
+        torch._foreach_add_(fisher, memory[1])
+    return [p.detach().clone() for p in named.values()], fisher
 
 
-def ewc_by_task(stream: Stream, rounds: int) -> list[list[tuple[Times, Times]]]:
-    """Per task, `rounds` pairs: the steps alone (no Fisher) of our loop under EWC, and of the bare loop without it."""
-    found: list[list[tuple[Times, Times]]] = [[] for _ in stream]
-    for number in range(2 + rounds):
-        state = State(network(stream), resolve("learn", "finetune", Learner), resolve_all("keep", EWC, Keeper))
-        model = network(stream)
-        for at, task in enumerate(stream):
-            pair: dict[str, Times] = {}
-            for side in ("ours", "bare") if number % 2 else ("bare", "ours"):
-                pair[side] = timed(_ewc_steps(state, task) if side == "ours" else _bare_steps(model, task, at))
-            learn_event(state, task, Recipe(at, {**SETTINGS, "epochs": 0}), problem=PROBLEM, seed=0, history=[])
-            if number >= 2:
-                found[at].append((pair["ours"], pair["bare"]))
+# ------------------------------------------------------------------------------------------------- what is said
+
+
+def loops(times: list[Times], first: int = 0) -> list[Times]:
+    """Of every run, the loops alone, from task `first` on, as one."""
+    return [Times(sum(p.wall for p in t.parts[first:]), sum(p.cpu for p in t.parts[first:])) for t in times]
+
+
+def per_task(times: list[Times], task: int) -> list[Times]:
+    return [t.parts[task] for t in times]
+
+
+def same(ends: Ends) -> None:
+    """Stop if the two sides did not compute the same."""
+    a, b = (ends[side].state_dict() for side in ("ours", "bare"))
+    if any(not torch.equal(a[name], b[name]) for name in a):
+        raise SystemExit("the two sides end in different weights, so their times mean nothing")
+
+
+def rows_of(on: str, stream: Stream, rounds: int) -> list[Row]:
+    ends: Ends = {}
+    found: list[Row] = []
+    with TemporaryDirectory() as folder:
+        sides = {"ours": ours(stream, ends=ends), "bare": bare(stream, ends=ends), "life": a_life(stream, Path(folder))}
+        t = interleave(sides, rounds)
+    same(ends)
+    found.append(ratio_row("loop, whole events, against the bare loop", on, t["ours"], t["bare"], 1.05))
+    found.append(ratio_row("loop, steps alone, against the bare loop", on, loops(t["ours"]), loops(t["bare"])))
+    found.append(ratio_row("`Life.learn`, 5 events, against the bare loop", on, t["life"], t["bare"], note="measures, ledger and snapshots included"))
+
+    sides = {"ours": ours(stream, REPLAY), "bare": bare(stream, "replay"), "uniform": bare(stream, "uniform")}
+    t = interleave(sides, rounds)
+    found.append(ratio_row("replay, whole events, against bare balanced replay", on, t["ours"], t["bare"], 1.15))
+    found.append(ratio_row("replay, whole events, against bare uniform replay", on, t["ours"], t["uniform"]))
+
+    sides = {"ours": ours(stream, EWC, ends=ends), "ewc": bare(stream, "ewc", ends=ends), "bare": bare(stream)}
+    t = interleave({**sides, "bare": bare(stream)}, rounds)
+    same(ends)
+    found.append(ratio_row("EWC, steps of tasks 2 to 5, against bare steps without EWC", on, loops(t["ours"], 1), loops(t["bare"], 1), 1.25))
+    found.append(ratio_row("EWC, whole events with Fisher, against bare EWC", on, t["ours"], t["ewc"]))
+    growth = [(per_task(t["ours"], at), per_task(t["bare"], at)) for at in (1, 4)]
+    changes = [(a5.cpu / b5.cpu) / (a2.cpu / b2.cpu) for a2, b2, a5, b5 in zip(*growth[0], *growth[1], strict=True)]
+    low, middle, high = quartiles(changes)
+    each = ", ".join(f"{quartiles([a.cpu / b.cpu for a, b in zip(per_task(t['ours'], at), per_task(t['bare'], at), strict=True)])[1]:.2f}" for at in range(5))
+    found.append(Row("EWC, a step in task 5 against one in task 2 (1 = constant)", on, middle, "x", "at most 1.1", middle <= 1.1, low, high, f"task by task, against bare: {each}"))
     return found
 
 
-def _ewc_steps(state: State, task: Any) -> Callable[[], object]:
-    class Steps(type(state.keepers[0])):  # type: ignore[misc]
-        """EWC that does not consolidate."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    found = [row for on, stream in streams().items() for row in rows_of(on, stream, rounds * (3 if on == "digits" else 1))]
+    text = "MLP d-256-256-10, SGD, batch 64, 5 tasks of 2 classes, one epoch each. A bare loop gathers by index from whole tensors and keeps no books; it ends in the same bits as ours (replay: draws of the same kind)."
+    save("loop", "The training loop", text, found, rounds=rounds, lr=LR, batch=BATCH)
 
-        end = None
+
+if __name__ == "__main__":
+    main()

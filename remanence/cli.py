@@ -356,6 +356,79 @@ def resume(home: HomeArgument, allow_drift: Drift = False, quiet: Quiet = False)
     _go_on(_open(home, allow_drift=allow_drift, progress=bar), bar, quiet)
 
 
+@app.command(epilog=CODES)
+@_plain
+def compare(
+    plan: Annotated[Path, typer.Argument(help="A YAML file, such as examples/digits.yaml.", show_default=False)],
+    forget: Annotated[
+        str | None, typer.Option(help="Forgetters to compare; 'all' is every one.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Keepers to compare: none, replay, [replay, ewc], {replay: {per_class: 5}}.", show_default=False
+        ),
+    ] = None,
+    learn: Annotated[str | None, typer.Option(help="Learners to compare.", show_default=False)] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Where to write: none, hft, {lora: {rank: 4}}.", show_default=False)
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How many lives of each variant, counted from the plan's seed.")
+    ] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    references: Annotated[int, typer.Option(min=1, help="Models retrained for each request.")] = 3,
+    home: Annotated[
+        Path | None, typer.Option(help="The folder; default: runs/NAME-compare.", show_default=False)
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Live a plan in many variants and seeds side by side; what was lived before is not lived again.
+
+    Alternatives are separated by commas, in the syntax of plans: a name, {name: {knob: value}}, or a list of keepers that belong together.
+    """
+    from remanence.life.yaml import read
+
+    read(plan)
+
+    from remanence.life import compare as comparing
+    from remanence.life import compare_report
+
+    bar = _Bar(quiet)
+
+    def told(done: int, count: int, words: str) -> None:
+        if bar._bar is None:
+            bar.begin("lives")
+        if bar._bar is not None:
+            bar._bar.update(bar._bar.task_ids[0], total=count, completed=done, loss=words)
+
+    try:
+        made, folder = comparing.compare(
+            plan,
+            learn=learn,
+            keep=keep,
+            where=where,
+            forget=forget,
+            seeds=seeds,
+            jobs=jobs,
+            references=references,
+            folder=home,
+            told=told,
+        )
+    except KeyboardInterrupt:
+        bar.clear()
+        _say_error("Stopped. What was lived stays; the same command goes on from there.")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        bar.clear()
+    page = compare_report.write(folder, made)
+    if not quiet:
+        _print(compare_report.render(made))
+    _print(f"{page} (beside it comparison.json, .csv and .md)")
+    if made["failed"]:
+        raise typer.Exit(FAILED)
+
+
 @app.command()
 @_plain
 def trace(home: HomeArgument, ids: IdsOption = None, as_json: Json = False) -> None:
@@ -480,7 +553,7 @@ def redact(home: HomeArgument, yes: Yes = False, allow_drift: Drift = False) -> 
     """Remove ids, texts and salts of requests that are deleted everywhere; the chain stays whole."""
     if not yes:
         typer.confirm(
-            "Who was forgotten cannot be looked up afterwards, and a plan that names ids is removed with them. Go on?",
+            "Who was forgotten cannot be looked up afterwards, and the ids in the plan are blanked with them. Go on?",
             abort=True,
         )
     with _open(home, allow_drift=allow_drift) as life:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -47,6 +48,11 @@ def _fits(value: Any, hint: Any) -> bool:
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def check_knobs(obj: Any) -> None:
     """Check every field of a dataclass instance against its type hint, range and choices.
 
@@ -54,7 +60,7 @@ def check_knobs(obj: Any) -> None:
         BadInput: names the knob, the value given and what is accepted.
     """
     name = getattr(obj, "slug", "") or type(obj).__name__
-    hints = typing.get_type_hints(type(obj))
+    hints = _hints(type(obj))
     for field in dataclasses.fields(obj):
         value, meta = getattr(obj, field.name), field.metadata
         where = f"{name}: {field.name}={value!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from remanence.core.errors import BadInput, Corrupt
 from remanence.core.rng import generator
 from remanence.data.examples import Examples
 from remanence.data.stream import Stream, Task, groups_of
+from remanence.data.values import LIMIT, fits
 
 
 def digits() -> Examples:
@@ -60,17 +62,29 @@ def split_classes(
             f"tasks={groups}: every task needs classes, each class once, out of {known}"
             + (f"; unknown: {unknown}" if unknown else "")
         )
-    if test is None:
-        if not 0 < test_share < 1:
-            raise BadInput(f"test_share={test_share} must lie between 0 and 1")
-        held = _held_out(labels, test_share, seed)
-        examples, test = examples.select((~held).nonzero()[:, 0]), examples.select(held.nonzero()[:, 0])
+    examples, test = hold_out(examples, test, test_share, seed)
     made = []
     for number, group in enumerate(groups):
         chosen = torch.tensor(group)
         parts = [part.select(torch.isin(part["y"], chosen).nonzero()[:, 0]) for part in (examples, test)]
         made.append(Task(parts[0], parts[1], tuple(group), tuple(map(str, group)), number))
     return Stream(tuple(made), "class", name=name)
+
+
+def hold_out(examples: Examples, test: Examples | None, share: float, seed: int) -> tuple[Examples, Examples]:
+    """Train and test rows: `test` where it is given, else `share` of every class (of all rows where `y` is no label), drawn by `seed`.
+
+    Raises:
+        BadInput: a share that is not between 0 and 1, or too few rows to be split.
+    """
+    if test is not None:
+        return examples, test
+    if not 0 < share < 1:
+        raise BadInput(f"test_share={share} must lie between 0 and 1")
+    y = examples.columns.get("y")
+    labelled = isinstance(y, Tensor) and y.dim() == 1 and not y.is_floating_point()
+    held = _held_out(y if labelled else torch.zeros(len(examples), dtype=torch.int64), share, seed)  # type: ignore[arg-type]
+    return examples.select((~held).nonzero()[:, 0]), examples.select(held.nonzero()[:, 0])
 
 
 def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
@@ -92,25 +106,34 @@ def read_idx(path: str | Path) -> np.ndarray:
 
     Raises:
         Corrupt: not an idx file, or truncated.
+        BadInput: no such file, or values of more than 4 GiB.
     """
     path = Path(path)
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        with open(path, "rb") as plain:
+            zipped = plain.read(2) == b"\x1f\x8b"
+        # deflate cannot pack more than 1032 bytes into one
+        most = path.stat().st_size * (1032 if zipped else 1)
+        with gzip.open(path) if zipped else open(path, "rb") as file:
+            head = file.read(4)
+            if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES:
+                raise Corrupt(f"{path} is not an idx file: its first bytes are {head.hex()}")
+            kind, sizes = np.dtype(_IDX_TYPES[head[2]]), file.read(4 * head[3])
+            if len(sizes) < 4 * head[3]:
+                raise Corrupt(f"{path} ends inside its header; fetch it again")
+            shape = tuple(int(n) for n in np.frombuffer(sizes, ">u4"))
+            expected = int(np.prod(shape, dtype=object)) * kind.itemsize
+            if expected <= most:
+                fits(expected, LIMIT, f"{path}")
+            raw = file.read(min(expected, most) + 1)
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist; give the path of an idx file") from None
-    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+    except (OSError, EOFError, zlib.error) as error:
         raise Corrupt(f"{path} cannot be read as an idx file ({error}); fetch it again") from None
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_TYPES:
-        raise Corrupt(f"{path} is not an idx file: its first bytes are {raw[:4].hex()}")
-    kind, rank = np.dtype(_IDX_TYPES[raw[2]]), raw[3]
-    if len(raw) < 4 + 4 * rank:
-        raise Corrupt(f"{path} ends inside its header; fetch it again")
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", rank, 4))
-    expected = 4 + 4 * rank + int(np.prod(shape, dtype=np.int64)) * kind.itemsize
     if len(raw) != expected:
-        raise Corrupt(f"{path} has {len(raw)} bytes where its header promises {expected}; fetch it again")
-    return np.frombuffer(raw, kind, offset=4 + 4 * rank).reshape(shape).astype(kind.newbyteorder("="))
+        has = f"more than {expected}" if len(raw) > expected else str(len(raw))
+        raise Corrupt(f"{path} has {has} bytes of values where its header promises {expected}; fetch it again")
+    return np.frombuffer(raw, kind).reshape(shape).astype(kind.newbyteorder("="))
 
 
 def idx(images: str | Path, labels: str | Path, source: str = "idx") -> Examples:

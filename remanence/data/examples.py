@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
+from remanence.data.rows import Rows
 
 View = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -21,7 +22,8 @@ class Examples:
 
     Args:
         columns: tensors (N, ...) or lists of length N. ``x`` is the input and ``y`` the label or target by convention;
-            any other column (``document``, ``client``, ``group``) can be named in a request.
+            any other column (``document``, ``client``, ``group``) can be named in a request. A column that `memmap` made
+            stays in its file through every method here but `replace`.
         source: a label for where the rows come from (never a path).
         ids: (N,) distinct non-negative integers. None: row numbers, bound to the fingerprint of this source, so that a
             later change of the source is noticed.
@@ -86,8 +88,11 @@ class Examples:
                 f"{self.source}: {len(self) - len(self.ids)} ids are repeated; every example needs an id of its own"
             )
         for name, column in self.columns.items():
-            if isinstance(column, Tensor) and column.is_floating_point() and not bool(torch.isfinite(column.sum())):
-                bad = (~torch.isfinite(column)).reshape(len(column), -1).any(1).sum().item()
+            if isinstance(column, Tensor) and column.is_floating_point():
+                bad = 0
+                for part in _chunks(column):
+                    if not bool(torch.isfinite(part.sum())):
+                        bad += int((~torch.isfinite(part)).reshape(len(part), -1).any(1).sum())
                 if bad:
                     raise BadInput(
                         f"{self.source}: column {name!r} has NaN or infinite values in {bad} rows; clean or drop them"
@@ -101,7 +106,11 @@ class Examples:
         """The examples at `rows` (n,), in that order."""
         index = rows.tolist() if any(isinstance(column, list) for column in self.columns.values()) else []
         columns: dict[str, Any] = {
-            name: column[rows] if isinstance(column, Tensor) else [column[i] for i in index]
+            name: column.at(rows)
+            if isinstance(column, Rows)
+            else column[rows]
+            if isinstance(column, Tensor)
+            else [column[i] for i in index]
             for name, column in self.columns.items()
         }
         return Examples(columns, self.source, self.id[rows], self.views, positional=self.positional)
@@ -134,7 +143,8 @@ class Examples:
                 digest.update(f"|{name}|".encode())
                 if isinstance(column, Tensor):
                     digest.update(f"{column.dtype}{tuple(column.shape)}".encode())
-                    digest.update(column.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    for part in _chunks(column):
+                        digest.update(part.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
                 else:
                     for item in column:
                         digest.update(repr(item).encode() + b"\x1f")
@@ -186,6 +196,13 @@ def cat_batches(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str
         ]
         joined["weight"] = torch.cat(ones)
     return joined
+
+
+def _chunks(column: Tensor) -> Iterator[Tensor]:
+    """The column in order, about 8 MiB at a time."""
+    step = max(1, 2**23 // max(1, column.nbytes // max(1, len(column))))
+    for at in range(0, len(column), step):
+        yield column[at : at + step]
 
 
 def _ids(ids: Any, count: int) -> Tensor:

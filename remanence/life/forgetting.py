@@ -211,6 +211,11 @@ def _check(life: Life, asked: _Asked) -> None:
         raise Refused(
             "the request would remove everything this life learned; delete the life instead (remanence delete HOME)"
         )
+    if not life._state.learner.moves_weights and not asked.ids & life._books.consumed and asked.by.slug != "retrain":
+        raise Refused(
+            f"{life._state.learner.slug} trains no weights, so {asked.by.slug} would find nothing in them; ask by='retrain', which "
+            "counts the rest afresh"
+        )
     if not any(learned.task is not None and learned.task.train.ids & asked.ids for learned in life._learned):
         raise Refused("the examples to forget cannot be reached, and every method needs them; resume with data=...")
     need = (
@@ -514,12 +519,17 @@ def finish(life: Life) -> None:
         reached("look again")
         _receipt(life, row, owed["erase"], remaining)
         reached("receipt")
+    copy_receipts(life)
+    reached("file")
+
+
+def copy_receipts(life: Life) -> None:
+    """Write the files of receipts that lack one."""
     for receipt in life._ledger.rows("receipt"):
         path = receipt_path(life, int(receipt.body["id"]))
         if not path.exists():
             text = canonical(receipts.receipt_of(receipt)) + "\n"
             write_atomic(path, text.encode(), work=life.home / "work")
-    reached("file")
 
 
 def _erase(life: Life, references: Sequence[str]) -> None:

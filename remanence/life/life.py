@@ -110,7 +110,7 @@ class Life:
         seed: every random number of the life is addressed from it.
         device: where the model lives; default: where it is.
         ledger: a database URL; default: ``ledger.db`` in the home.
-        measure: metrics taken after each event.
+        measure: metrics taken after each event; None: accuracy, forgetting (where there are classes) and bytes.
         references: a folder in which models retrained for evidence are kept and shared with other lives; None: they are dropped
             after the event.
 
@@ -133,7 +133,7 @@ class Life:
         seed: int = 0,
         device: torch.device | str | None = None,
         ledger: str | None = None,
-        measure: Sequence[Any] = MEASURES,
+        measure: Sequence[Any] | None = None,
         name: str | None = None,
         plan: str | None = None,
         progress: Progress | None = None,
@@ -143,6 +143,10 @@ class Life:
             raise BadInput(
                 "a tokenizer belongs to a language problem; this version knows classification and regression"
             )
+        if measure is None:
+            measure = [
+                name for name in MEASURES if name != "forgetting" or isinstance(problem_of(problem), Classification)
+            ]
         self._prepare(model, problem, learner, keep, where, seed, device, measure, progress)
         self._temporary = tempfile.TemporaryDirectory(prefix="remanence-") if home is None else None
         self.home = Path(self._temporary.name if self._temporary else home or "").resolve()
@@ -755,7 +759,7 @@ class Life:
         from remanence.life.summary import summary
 
         data = summary(self)
-        self._write("report.json", (json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+        self._write("report.json", (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
         page = render_html(data).encode()
         if path is None:
             return self._write("report.html", page)
@@ -777,9 +781,13 @@ class Life:
     # ------------------------------------------------------------------ shared with forgetting
 
     def _writable(self) -> None:
-        """Nothing new begins before what was begun is done: an erasure that is owed, a request that was interrupted."""
+        """Nothing new begins before what was begun is done: an erasure or a receipt's file that is owed, a request that was
+        interrupted."""
+        from remanence.life.forgetting import copy_receipts
+
         if self._ledger.get_current("owed"):
             self._finish_owed()
+        copy_receipts(self)
         self._continue_request()
 
     def _finish_owed(self) -> None:

@@ -69,6 +69,7 @@ def run_plan(
     allow_code: bool = False,
     progress: Progress | None = None,
     after: After | None = None,
+    references: str | Path | None = None,
 ) -> Life:
     """Begin the life of a plan and live it to its end; a home that holds this very plan is gone on with.
 
@@ -77,7 +78,7 @@ def run_plan(
         Refused: the home holds another life; or an event of the plan was refused.
         EventFailed: an event failed; the life is as it was before that event.
     """
-    life, plan, stream = open_plan(path, home, allow_code, progress)
+    life, plan, stream = open_plan(path, home, allow_code, progress, references)
     try:
         continue_plan(life, after, plan, stream)
     except BaseException:
@@ -87,7 +88,11 @@ def run_plan(
 
 
 def open_plan(
-    path: str | Path, home: str | Path | None = None, allow_code: bool = False, progress: Progress | None = None
+    path: str | Path,
+    home: str | Path | None = None,
+    allow_code: bool = False,
+    progress: Progress | None = None,
+    references: str | Path | None = None,
 ) -> tuple[Life, Plan, Stream]:
     """The life of a plan, new or as far as its home has come, the plan and its stream: what `continue_plan` takes.
 
@@ -104,7 +109,7 @@ def open_plan(
                 f"{folder} holds another life; choose another --home, or delete it first (remanence delete {folder})"
             )
         builder, stream = _made(plan)
-        return Life.resume(folder, builder, stream, progress=progress), plan, stream
+        return Life.resume(folder, builder, stream, progress=progress, references=references), plan, stream
     builder, stream = _made(plan)
     life = Life(
         builder,
@@ -119,6 +124,7 @@ def open_plan(
         name=plan.name,
         plan=plan.source,
         progress=progress,
+        references=references,
     )
     return life, plan, stream
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from remanence.core.ids import Ids
+from remanence.core.problem import Classification
 from remanence.life.forgetting import receipt_from
 from remanence.life.ledger import Row
 from remanence.life.snapshots import weights_sha256
@@ -25,7 +26,9 @@ def summary(life: Life) -> dict[str, Any]:
     lived = len(rows) + life._ledger.get_current("repeated", 0)  # a repeated request of the plan is no event of its own
     tasks = {row.body["task"]["id"]: row.body["task"]["names"] for row in rows if row.kind == "learn"}
     columns = list(tasks)
-    matrix = [[row.body["accuracy"].get(str(task)) for task in columns] for row in rows]
+    # A regression's squared errors are among each event's measures; they are no accuracies.
+    told = isinstance(life.problem, Classification)
+    matrix = [[row.body["accuracy"].get(str(task)) if told else None for task in columns] for row in rows]
     return {
         "name": born["name"],
         "life": life._ledger.life,
@@ -35,7 +38,7 @@ def summary(life: Life) -> dict[str, Any]:
         "events": [_event(life, row) for row in rows],
         "tasks": [{"id": task, "names": names} for task, names in tasks.items()],
         "matrix": matrix,
-        "summary": _figures(rows, columns),
+        "summary": _figures(rows, columns) if told else {},
         "forgotten": _forgotten(rows),
         "holders": _holders(life, rows),
         "trace": _traces(life, rows),

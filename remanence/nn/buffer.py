@@ -202,6 +202,8 @@ class Buffer:
             raise BadInput(f"rows need the columns 'y' and 'id', got {sorted(columns)}")
         rows = len(columns["id"])
         for name in ("y", "id"):
+            if name == "y" and self.policy == "reservoir":  # which any target may be kept in
+                continue
             if columns[name].dim() != 1 or columns[name].dtype.is_floating_point:
                 raise BadInput(
                     f"column {name!r} must be (B,) integers, got {columns[name].dtype} {tuple(columns[name].shape)}"

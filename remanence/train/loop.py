@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from remanence.core.errors import BadInput
 from remanence.core.problem import Batch
@@ -65,12 +65,14 @@ def loop(
     do = SimpleNamespace(
         **{name: hooks(parts, name) for name in ("order", "prepare", "loss", "gradient", "project", "after")}
     )
-    flags = [(p, p.requires_grad) for p in u.model.parameters()]
+    params = dict(u.model.named_parameters())
+    flags = [(p, p.requires_grad) for p in params.values()]
     modes = [(m, m.training) for m in u.model.modules()]
     try:
         with torch.random.fork_rng(devices=_cuda(u.device)):
             u.model.train()
-            _limit(u, trainable, mask)
+            _limit(u, params, trainable, mask)
+            u._parameters = {name: p for name, p in params.items() if p.requires_grad}
             u.prepare_optimizers()
             source = _Source(u, drive, data, replay)
             u.total = source.steps() * u.settings.epochs
@@ -82,7 +84,7 @@ def loop(
             for epoch in range(first, u.settings.epochs):
                 u.epoch = epoch
                 if not start:
-                    torch.manual_seed(seed_of(u.seed, u.event, u.phase, "forward", u.epoch))
+                    _seed(seed_of(u.seed, u.event, u.phase, "forward", u.epoch), u.device)
                 index = torch.tensor(start["index"]) if start else source.index(do.order)
                 if isinstance(index, list):
                     u.total = max(1, len(index) // u.settings.accumulate) * u.settings.epochs
@@ -109,22 +111,32 @@ def loop(
                     u.watch()
                     if u.checkpoint is not None:
                         u.checkpoint(u, source, index, count)
+                    if not u._pending:
+                        u.drop_gradients()
             u.watch(last=True)
             if u._restore is not None:  # `prepare` may have moved masked entries before batches without a step
                 u._restore.restore()
             u.keep_carried()
     finally:
+        u._parameters = None
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, training in modes:
-            module.training = training
-        for optimizer in u.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+            if module.training is not training:
+                module.training = training
+        u.drop_gradients()
 
 
-def _limit(u: Update, trainable: set[str] | None, mask: Mapping[str, Tensor] | None) -> None:
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generators that a forward draws from. On the CPU that is one; torch.manual_seed also notes the call down, with
+    its stack, for every accelerator that is not in use yet."""
+    (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
+
+
+def _limit(
+    u: Update, params: dict[str, nn.Parameter], trainable: set[str] | None, mask: Mapping[str, Tensor] | None
+) -> None:
     """Take out of the optimizer what may not move, and remember the entries to put back."""
-    params = dict(u.model.named_parameters())
     masks = dict(mask or {})
     for names in hooks(u.parts, "trainable"):
         chosen = set(names(u))
@@ -181,7 +193,8 @@ class _Source:
                 index = order(u, index)
         flat = torch.cat(list(index)) if isinstance(index, list) else index
         if self.drive != "forget" and len(flat):
-            u.consumed.epoch(self.data.id[flat], self.replay or u.kind == "forget")
+            ids = self.data.id[flat] if orders and self.drive is None else self.data.id  # all of them: sorted already, mostly
+            u.consumed.epoch(ids, self.replay or u.kind == "forget")
         return index
 
     def batches(self, index: Any, skip: int = 0) -> Iterator[Batch]:
@@ -201,10 +214,11 @@ class _Source:
                 }
             return
         assert u.settings.batch_size == self.size
-        for rows in index[skip * self.size :].split(self.size * _CHUNK):
-            gathered = {name: c[rows].to(device) for name, c in columns.items()}
-            for at in range(0, len(rows), self.size):
-                batch = {name: c[at : at + self.size] for name, c in gathered.items()}
+        rest = index[skip * self.size :]
+        for rows in rest.split(self.size * _CHUNK) if len(rest) else ():
+            gathered = [c[rows].to(device).split(self.size) for c in columns.values()]
+            for parts in zip(*gathered, strict=True):
+                batch = dict(zip(columns, parts, strict=True))
                 batch["origin"] = zeros[: len(batch["id"])]
                 yield batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Settings:
         if name not in OPTIMIZERS:
             raise UnknownName(f"no optimizer is called {name!r}{nearest(str(name), OPTIMIZERS)}")
         cls, given = OPTIMIZERS[name], dict(given or {})
-        valid = [p for p in inspect.signature(cls).parameters if p != "params"]
+        valid = _arguments(cls)
         for key in given:
             if key not in valid:
                 raise UnknownName(f"{name} has no argument {key!r}{nearest(str(key), valid)}")
@@ -56,3 +57,8 @@ class Settings:
             return cls(params, **{"lr": self.lr if lr is None else lr, "fused": True, **given})
         except (TypeError, ValueError) as error:
             raise BadInput(f"optimizer {name}: {error}") from None
+
+
+@functools.cache
+def _arguments(cls: type[torch.optim.Optimizer]) -> list[str]:
+    return [name for name in inspect.signature(cls).parameters if name != "params"]

@@ -71,6 +71,10 @@ class Context:
             return examples
         y = examples["y"]
         low, high = int(min(self.labels)), int(max(self.labels))
+        if self.labels == list(range(len(self.labels))) and y.dtype == torch.int64 and len(y):
+            smallest, largest = y.aminmax()
+            if smallest >= 0 and largest <= high:
+                return examples  # labels in the order of the columns are columns
         table = torch.full((high - low + 1,), -1, dtype=torch.int64)
         table[torch.tensor(self.labels) - low] = torch.arange(len(self.labels))
         known = (y >= low) & (y <= high)
@@ -177,9 +181,10 @@ class Update(Context):
         self.metrics = [metric for metric in metrics if getattr(metric, "every", 0)]
         self.progress, self.life_step = progress, life_step
         self._data, self._retrain, self._history, self.checkpoint = data, retrain, history, checkpoint
-        new = torch.tensor([i for i, label in enumerate(self.labels) if label in set(new_labels)], dtype=torch.int64)
-        seen = torch.arange(len(self.labels))
-        self.classes = Classes(seen.to(device), new.to(device), seen[~torch.isin(seen, new)].to(device))
+        fresh = set(new_labels)
+        new, old = ([i for i, label in enumerate(self.labels) if (label in fresh) is wanted] for wanted in (True, False))
+        columns = (torch.tensor(found, dtype=torch.int64, device=device) for found in (range(len(self.labels)), new, old))
+        self.classes = Classes(*columns)
         self.consumed, self.extra_bytes, self.steps_done, self.phase = Consumed(), 0, 0, ""
         self._shared: dict[str, Any] = {"reference": None, "initial": None, "phases": 0}
         self._exit = ExitStack()
@@ -201,14 +206,18 @@ class Update(Context):
         self._outs: dict[int, tuple[Batch, Out]] = {}
         self._losses: list[tuple[int, Tensor]] = []
         self._pending, self._next_report = 0, 0.0
+        self._moving: list[nn.Parameter] = []  # what the optimizers hold
         self._restore: Restore | None = None
         self._before: list[Tensor] = []
+        self._parameters: dict[str, nn.Parameter] | None = None  # looked up once per loop, in which they are fixed
 
     # ------------------------------------------------------------------ what a method sees
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters, by name."""
+        """The trainable parameters, by name; not to be written to."""
+        if self._parameters is not None:
+            return self._parameters
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def data(self, name: str) -> Examples:
@@ -396,6 +405,7 @@ class Update(Context):
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["base"] = group["lr"]
+        self._moving = [p for opt in self.optimizers.values() for group in opt.param_groups for p in group["params"]]
         if self.carried:
             self._take_carried(self.carried)
         self._schedule = schedule_of(self.settings.schedule)
@@ -438,13 +448,17 @@ class Update(Context):
         if loss is None or not loss.requires_grad:
             return False
         if not self._pending:
-            for optimizer in self.optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
         every = self.settings.accumulate
         (loss if every == 1 else loss / every).backward()
         self._losses.append((self.step, loss.detach()))
         self._pending = (self._pending + 1) % every
         return self._pending == 0
+
+    def drop_gradients(self) -> None:
+        """As the optimizers' ``zero_grad``. Done before a forward, its activations take the memory while it is warm."""
+        for p in self._moving:
+            p.grad = None
 
     def advance(self, step: Step, projections: Sequence[Any]) -> None:
         """Schedule, clip, step, then let projections edit the step and put masked entries back."""

@@ -39,7 +39,7 @@ def network(seed: int) -> nn.Module:
 
 def lived(home: Path | None, tasks: int = 2, keep: Any = REPLAY, **options: Any) -> Life:
     """A life that has learned the first `tasks` tasks."""
-    life = Life(options.pop("model", network), keep=keep, home=home, **options)
+    life = Life(options.pop("model", network), keep=keep, home=home, **{"name": "small", **options})
     for task in list(stream())[:tasks]:
         life.learn(task, **FAST)
     return life

@@ -110,8 +110,16 @@ def test_minimum_counts_from_the_end_of_the_task_and_never_the_current_one():
     trace.start(0)  # learned once more: its minimum starts anew, and it is the current one
     trace.feed(5, {0: 0.95, 1: 0.6})
     assert trace.min_acc == 0.6
+    trace.end(0)  # it has ended again, but nothing was learned after it: it is the current one still
+    trace.feed(6, {0: 0.3, 1: 0.9})
+    assert trace.min_acc == 0.6
+    trace.start(2)
+    trace.start(0)
+    trace.start(2)  # from its third end on, what it once fell to counts no more
+    trace.feed(7, {0: 0.85, 1: 0.9, 2: 0.5})
+    assert trace.tasks[0].minimum == 0.85 and trace.min_acc == pytest.approx((0.85 + 0.6) / 2)
     trace.drop(1)
-    assert trace.min_acc is None
+    assert trace.min_acc == 0.85
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from remanence.nn.anatomy import module_bytes
 from remanence.train.roles import Metric

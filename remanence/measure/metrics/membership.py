@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from remanence.core.errors import BadInput
-from remanence.core.ids import Ids
 from remanence.core.knobs import knob
 from remanence.core.problem import Regression
 from remanence.core.rng import generator

@@ -1,0 +1,341 @@
+"""Many lives side by side: run the cells of a grid in processes, each once, and say how the variants differ.
+
+    FOLDER/  plan.yaml  cells/<key>/ (a life's home, with cell.json when it is done)  beginnings/  references/  comparison.json, .csv, .md, .html
+
+A cell that is done is never run again while nothing changed that its result depends on; one that was killed goes on where it was.
+Cells of one seed that differ only in how they forget share their beginning, and all share retrained references.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from remanence.core.errors import BadInput, Refused, RemanenceError
+from remanence.life.files import canonical, plain_errors, write_atomic
+from remanence.life.grid import AXES, Cell, Group, choices, expand, groups, prefix_text
+from remanence.life.home import begun
+from remanence.life.plan import load_plan
+from remanence.measure.evidence import compare_distances, interval
+
+__all__ = ["collect", "compare"]
+
+NOTHING, AGAIN = "do nothing", "retrain, another seed"
+#: Figures of a whole life, from its report.
+LIFE_FIGURES = (
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "seconds",
+    "bytes",
+)
+
+Told = Callable[[int, int, str], None]
+
+
+def compare(
+    path: str | Path,
+    *,
+    learn: str | None = None,
+    keep: str | None = None,
+    where: str | None = None,
+    forget: str | None = None,
+    seeds: int | Sequence[int] = 3,
+    jobs: int = 1,
+    references: int = 3,
+    folder: str | Path | None = None,
+    allow_code: bool = False,
+    told: Told | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Live every variant of a plan with every seed; returns the comparison and its folder.
+
+    Args:
+        learn, keep, where, forget: alternatives in the syntax of plans, see `grid.choices`; None: as planned.
+        seeds: how many, counted from the plan's own, or which.
+        jobs: processes at a time.
+        references: models retrained for each request.
+        folder: default ``runs/<plan name>-compare``.
+        told: called with (cells done, cells in all, what was done last).
+
+    Raises:
+        PlanError, BadInput: the plan or an alternative cannot be used; nothing ran.
+        Refused: the folder holds the comparison of another plan.
+    """
+    from remanence.life.life import versions
+    from remanence.life.run import build_stream
+
+    plan = load_plan(Path(path), allow_code=allow_code)
+    if any(":" in next(iter(part)) for part in (plan.model, plan.stream)):
+        raise BadInput(
+            "a comparison runs its lives in processes of their own, from plans that may not run code; name a model and a stream of ours"
+        )
+    numbers = list(range(plan.seed, plan.seed + seeds)) if isinstance(seeds, int) else list(seeds)
+    if not numbers or jobs < 1 or references < 1:
+        raise BadInput(f"seeds={seeds}, jobs={jobs}, references={references}: each must be at least 1")
+    root = Path(folder) if folder is not None else Path("runs") / f"{plan.name}-compare"
+    axes = {
+        "learner": choices("learner", learn),
+        "keep": choices("keep", keep),
+        "where": choices("where", where),
+        "forget": choices("forget", forget),
+    }
+    about = {**versions(), "threads": plan.threads or 1}
+    cells = expand(plan, axes, numbers, references, build_stream(plan).fingerprint(), about)
+    kept = root / "plan.yaml"
+    if kept.exists() and kept.read_text(encoding="utf-8") != plan.source:
+        raise Refused(f"{root} holds the comparison of another plan; choose another --home, or delete the folder")
+    write_atomic(kept, plan.source.encode())
+    _run(root, cells, jobs, told)
+    made = {
+        "name": plan.name,
+        "seeds": numbers,
+        "references": references,
+        "versions": about,
+        **collect(cells, [_result(root, cell) for cell in cells]),
+    }
+    write_atomic(
+        root / "comparison.json", (json.dumps(made, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    )
+    return made, root
+
+
+def _run(root: Path, cells: Sequence[Cell], jobs: int, told: Told | None) -> None:
+    """The cells that are not done yet, or that failed, their groups side by side."""
+    open_ = [cell for cell in cells if (_result(root, cell) or {"error": "not begun"})["error"] is not None]
+    done = len(cells) - len(open_)
+    if told is not None:
+        told(done, len(cells), f"{done} of {len(cells)} lives were lived before" if done else "")
+    if not open_:
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(run_group, str(root), group): group for group in groups(open_)}
+        try:
+            for future in as_completed(waiting):
+                future.result()
+                done += len(waiting[future].cells)
+                if told is not None:
+                    told(done, len(cells), _named(waiting[future].cells[0]))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _named(cell: Cell) -> str:
+    words = [f"{axis} {name}" for axis, name in cell.names.items() if axis != "forget" and name != "as planned"]
+    return ", ".join([*words, f"seed {cell.seed}"])
+
+
+def run_group(root: str, group: Group) -> None:
+    """Live a group's cells one after another, in this process."""
+    import torch
+
+    first = group.cells[0].plan
+    torch.set_num_threads(first.threads or 1)
+    folder = Path(root)
+    beginning: Path | None = None
+    if group.prefix is not None and len(group.cells) > 1:
+        beginning = folder / "beginnings" / group.prefix
+        _live(beginning, prefix_text(group.cells[0]), folder)
+    for cell in group.cells:
+        home = folder / "cells" / cell.key
+        try:
+            if beginning is not None and not begun(home):
+                _copy(beginning, home, cell.text)
+            told: dict[str, Any] = {"error": None, "report": _live(home, cell.text, folder)}
+        except RemanenceError as error:
+            told = {"error": f"{type(error).__name__}: {error}", "report": None}
+        write_atomic(home / "cell.json", canonical({"names": cell.names, "seed": cell.seed, **told}).encode())
+    if beginning is not None:
+        shutil.rmtree(beginning, ignore_errors=True)
+
+
+def _live(home: Path, text: str, root: Path) -> dict[str, Any]:
+    """Live the plan `text` in `home` to its end, from wherever it is; the report."""
+    from remanence.life.run import run_plan
+
+    plan = root / "work" / f"{home.name}.{os.getpid()}.yaml"
+    write_atomic(plan, text.encode())
+    try:
+        run_plan(plan, home, references=root / "references").close()
+    finally:
+        plan.unlink(missing_ok=True)
+    report: dict[str, Any] = json.loads((home / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _copy(beginning: Path, home: Path, text: str) -> None:
+    """Begin a life as a copy of its group's beginning."""
+    part = home.with_name(f".{home.name}.{os.getpid()}")
+    with plain_errors(home):
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(beginning, part, ignore=shutil.ignore_patterns("lock", "work", "report.*"))
+        shutil.rmtree(home, ignore_errors=True)
+        os.rename(part, home)
+    write_atomic(home / "plan.yaml", text.encode())
+
+
+def _result(root: Path, cell: Cell) -> dict[str, Any] | None:
+    """What a cell came to, or why it failed; None if it never ended."""
+    path = root / "cells" / cell.key / "cell.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+# -- what came of it ---------------------------------------------------------------------------------------------------
+
+
+def collect(cells: Sequence[Cell], results: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """The tables: ``lives`` (a row per variant) and ``requests`` (per setting and request, a row per forgetter beside *do nothing* and
+    *retrain, another seed*). Every figure is {mean, half, n}: over seeds, half width of the 95 % interval (None for one seed)."""
+    variants: dict[tuple[str, ...], dict[int, Mapping[str, Any]]] = {}
+    failed: list[dict[str, Any]] = []
+    for cell, result in zip(cells, results, strict=True):
+        mine = variants.setdefault(tuple(cell.names[axis] for axis in AXES), {})
+        if result is None or result["error"] is not None:
+            failed.append({**cell.names, "seed": cell.seed, "error": result["error"] if result else "not finished"})
+        else:
+            mine[cell.seed] = result["report"]
+    return {"lives": _lives(variants), "requests": _requests(variants), "failed": failed}
+
+
+def _lives(variants: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    first: dict[int, float] | None = None
+    for names, reports in variants.items():
+        figures = {name: {seed: _figure(report, name) for seed, report in reports.items()} for name in LIFE_FIGURES}
+        accuracy = {seed: value for seed, value in figures["average_accuracy"].items() if value is not None}
+        shared = sorted(set(accuracy) & set(first)) if first is not None else []
+        rows.append(
+            {
+                **dict(zip(AXES, names, strict=True)),
+                "figures": {name: _stat(values.values()) for name, values in figures.items()},
+                "difference": _stat([accuracy[seed] - first[seed] for seed in shared]) if first is not None else None,
+            }
+        )
+        first = accuracy if first is None else first
+    return rows
+
+
+def _figure(report: Mapping[str, Any], name: str) -> float | None:
+    if name == "seconds":
+        return sum(event["seconds"] or 0.0 for event in report["events"])
+    if name == "bytes":
+        return float(
+            sum(holder["bytes"] for holder in report["holders"] if holder["name"] not in ("snapshots", "references"))
+        )
+    value = report["summary"][name]["value"]
+    return None if value is None else float(value)
+
+
+def _requests(variants: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    settings: dict[tuple[str, ...], dict[str, Mapping[int, Mapping[str, Any]]]] = {}
+    for names, reports in variants.items():
+        settings.setdefault(names[:-1], {})[names[-1]] = reports
+    found = []
+    for setting, forgetters in settings.items():
+        labels = next(
+            (
+                [r["asked_plain"] for r in report["receipts"]]
+                for reports in forgetters.values()
+                for report in reports.values()
+            ),
+            [],
+        )
+        for number, label in enumerate(labels):
+            found.append(
+                {**dict(zip(AXES, setting, strict=False)), "request": label, "rows": _request_rows(forgetters, number)}
+            )
+    return found
+
+
+def _request_rows(forgetters: Mapping[str, Mapping[int, Mapping[str, Any]]], number: int) -> list[dict[str, Any]]:
+    """Rows of one request. Only the first is asked of the same network by all forgetters, so that each has its own *do nothing*."""
+    rows: list[dict[str, Any]] = []
+    base: dict[str, list[dict[str, Any]]] = {NOTHING: [], AGAIN: []}
+    for name, reports in forgetters.items():
+        receipts = {
+            seed: report["receipts"][number] for seed, report in reports.items() if number < len(report["receipts"])
+        }
+        gaps: dict[str, dict[int, tuple[float, float, float]]] = {}
+        for seed, receipt in receipts.items():
+            for cell in receipt["evidence"]:
+                if (gap := _gap(cell)) is not None:
+                    gaps.setdefault(cell["metric"], {})[seed] = gap
+        order = dict.fromkeys(cell["metric"] for receipt in receipts.values() for cell in receipt["evidence"])
+        gaps = {metric: gaps[metric] for metric in order if metric in gaps}
+        columns = {
+            metric: [list(values) for values in zip(*by_seed.values(), strict=True)] for metric, by_seed in gaps.items()
+        }
+        shares = [receipt["cost"]["fraction_of_retraining"] for receipt in receipts.values()]
+        rows.append(
+            {
+                "by": name,
+                "gaps": {metric: _stat(after) for metric, (after, _, _) in columns.items()},
+                "verdicts": {
+                    metric: compare_distances(metric, x, y, z).verdict for metric, (x, y, z) in columns.items()
+                },
+                "cost": _stat(shares),
+                "states": sorted(
+                    {
+                        row["state"]
+                        for receipt in receipts.values()
+                        for row in receipt["done"]
+                        if row["holder"] == "weights"
+                    }
+                ),
+            }
+        )
+        for word, at in ((NOTHING, 1), (AGAIN, 2)):
+            base[word].append({metric: three[at] for metric, three in columns.items()})
+    shared: list[dict[str, Any]] = []
+    for word, cost in ((NOTHING, 0.0), (AGAIN, 1.0)):
+        metrics = list(dict.fromkeys(metric for each in base[word] for metric in each))
+        values = {metric: next(each[metric] for each in base[word] if metric in each) for metric in metrics}
+        shared.append(
+            {
+                "by": word,
+                "gaps": {m: _stat(v) for m, v in values.items()},
+                "verdicts": {},
+                "cost": _stat([cost]),
+                "states": [],
+            }
+        )
+    return shared + rows
+
+
+def _gap(cell: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """Distances to the references: of the method's model, of doing nothing, and of one more reference.
+
+    ``|x - mean|`` for a figure that each model has by itself; a reference's distance to the mean of the others is, in the root mean
+    square, ``sd sqrt(n / (n - 1))``. A divergence is a distance already.
+    """
+    mean, sd, n = cell["reference_mean"], cell["reference_sd"], cell["n"]
+    if cell["direction"] == "lower":
+        known = cell["after"], cell["nothing"], mean
+    else:
+        known = (
+            None if mean is None or cell["after"] is None else abs(cell["after"] - mean),
+            None if mean is None or cell["nothing"] is None else abs(cell["nothing"] - mean),
+            None if sd is None or n < 2 else sd * math.sqrt(n / (n - 1)),
+        )
+    after, nothing, again = known
+    return None if after is None or nothing is None or again is None else (float(after), float(nothing), float(again))
+
+
+def _stat(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """Mean over seeds with the half width of its 95 % interval."""
+    known = [float(value) for value in values if value is not None]
+    if not known:
+        return None
+    mean, half = interval(known)
+    return {"mean": mean, "half": half, "n": len(known)}

@@ -1,0 +1,335 @@
+"""A comparison as tables: for the terminal, as CSV, Markdown and one HTML page with its picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from remanence.life.files import write_atomic
+from remanence.life.grid import AS_PLANNED, AXES
+from remanence.life.report_charts import el, marker, svg
+from remanence.life.report_words import DASH, number, percent, size
+
+#: Columns of the table of lives: (figure, heading, how a value is said).
+_LIVES = (
+    ("average_accuracy", "average accuracy", percent),
+    ("average_incremental_accuracy", "incremental", percent),
+    ("forgetting", "forgetting", percent),
+    ("seconds", "seconds", lambda value: number(value, 1)),
+    ("bytes", "memory", size),
+)
+#: What the picture shows: how far the request is from retrained, against what that did to everything else.
+FORGOTTEN, UTILITY = "KL from references", "test accuracy"
+
+
+def write(folder: Path, data: Mapping[str, Any]) -> Path:
+    """Write ``comparison.csv``, ``.md`` and ``.html`` beside ``comparison.json``; returns the page's path."""
+    write_atomic(folder / "comparison.csv", as_csv(data).encode())
+    write_atomic(folder / "comparison.md", as_markdown(data).encode())
+    write_atomic(folder / "comparison.html", as_html(data).encode())
+    return folder / "comparison.html"
+
+
+def stat(value: Mapping[str, Any] | None, say: Any = number) -> str:
+    """``mean ± half width``; a single seed has no ±."""
+    if value is None:
+        return DASH
+    text = str(say(value["mean"]))
+    return text if value["half"] is None else f"{text} ± {str(say(value['half'])).lstrip('+')}"
+
+
+def varied(data: Mapping[str, Any]) -> list[str]:
+    """The axes on which anything differs from the plan."""
+    return [axis for axis in AXES if any(row[axis] != AS_PLANNED for row in data["lives"])]
+
+
+def lives_table(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows: a variant, its figures, and its difference to the first in average accuracy, paired by seed."""
+    axes = varied(data)
+    heading = [*axes, *[name for _, name, _ in _LIVES], "against the first"]
+    rows = []
+    for row in data["lives"]:
+        cells = [stat(row["figures"][key], say) for key, _, say in _LIVES]
+        difference = stat(row["difference"], lambda value: percent(value, True)) if row["difference"] else DASH
+        rows.append([*[row[axis] for axis in axes], *cells, difference])
+    return heading, rows
+
+
+def request_table(data: Mapping[str, Any], request: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of one request: distances to retrained models with what they say, and cost as a share of retraining."""
+    metrics = list(dict.fromkeys(metric for row in request["rows"] for metric in row["gaps"]))
+    rows = []
+    for row in request["rows"]:
+        cells = []
+        for metric in metrics:
+            verdict = row["verdicts"].get(metric)
+            cells.append(stat(row["gaps"].get(metric)) + (f" ({verdict})" if verdict else ""))
+        rows.append([row["by"], *cells, stat(row["cost"], lambda value: number(value, 2)), ", ".join(row["states"])])
+    return ["method", *metrics, "cost", "weights"], rows
+
+
+def title(request: Mapping[str, Any]) -> str:
+    """``forget class 3, keep replay``"""
+    setting = [f"{axis} {request[axis]}" for axis in AXES if request.get(axis, AS_PLANNED) != AS_PLANNED]
+    return ", ".join([f"forget {request['request']}", *setting])
+
+
+NOTE = (
+    "Distances to models retrained without the request: the nearer to 0 the better, from either side; mean over seeds ± half of the 95 % "
+    "interval. Cost is a share of one retraining."
+)
+
+
+#: A verdict as a glyph, for the terminal.
+GLYPHS = {
+    "indistinguishable from retraining": "✓",
+    "closer than doing nothing": "↗",
+    "no closer": "=",
+    "farther": "✕",
+    "this request cannot tell": "?",
+    "spread unknown": "·",
+}
+LEGEND = "; ".join(f"{glyph} {verdict}" for verdict, glyph in GLYPHS.items())
+
+
+def render(data: Mapping[str, Any]) -> RenderableType:
+    """What `rich` prints of a comparison; one membership attack of several stands here, all of them in the files."""
+    parts: list[RenderableType] = [
+        Text(f"{data['name']}: {len(data['lives'])} variants, seeds {', '.join(map(str, data['seeds']))}", style="bold")
+    ]
+    heading, rows = lives_table(data)
+    parts.append(_table([name.replace("average accuracy", "accuracy") for name in heading], rows, len(varied(data))))
+    for request in data["requests"]:
+        parts += [Text(title(request), style="bold"), _compact(request)]
+    if data["requests"]:
+        parts += [Text(NOTE, style="dim"), Text(LEGEND, style="dim")]
+    parts += [Text(f"failed: {_failed(entry)}", style="bold red") for entry in data["failed"]]
+    return Group(*parts)
+
+
+def _compact(request: Mapping[str, Any]) -> Table:
+    metrics = list(dict.fromkeys(metric for row in request["rows"] for metric in row["gaps"]))
+    attacks = [metric for metric in metrics if metric.startswith("membership")]
+    shown = [metric for metric in metrics if metric not in attacks[1:]]
+    rows = []
+    for row in request["rows"]:
+        cells = [f"{stat(row['gaps'].get(m))} {GLYPHS.get(row['verdicts'].get(m), ' ')}" for m in shown]
+        rows.append([row["by"], *cells, stat(row["cost"], lambda value: number(value, 2))])
+    names = {"KL from references": "KL", attacks[0] if attacks else "": "MIA AUC"}
+    return _table(["method", *[names.get(m, m.replace(" accuracy", " acc.")) for m in shown], "cost"], rows, 1)
+
+
+def _failed(entry: Mapping[str, Any]) -> str:
+    names = ", ".join(f"{axis} {entry[axis]}" for axis in AXES if entry[axis] != AS_PLANNED)
+    return f"{names}, seed {entry['seed']}: {entry['error']}"
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
+    for at, name in enumerate(heading):
+        table.add_column(
+            Text(name), justify="left" if at < words else "right", overflow="fold", min_width=14 if at < words else 7
+        )
+    for row in rows:
+        table.add_row(*[Text(cell) for cell in row])
+    return table
+
+
+def as_csv(data: Mapping[str, Any]) -> str:
+    """One line per variant and figure: table, the axes, request, method, figure, mean, half, n, verdict."""
+    out = io.StringIO()
+    sheet = csv.writer(out, lineterminator="\n")
+    sheet.writerow(
+        ["table", "learner", "keep", "where", "request", "forget", "figure", "mean", "half_width_95", "n", "verdict"]
+    )
+
+    def line(
+        table: str,
+        row: Mapping[str, Any],
+        request: str,
+        forget: str,
+        figure: str,
+        value: Mapping[str, Any] | None,
+        verdict: str = "",
+    ) -> None:
+        if value is not None:
+            half = "" if value["half"] is None else value["half"]
+            names = [_safe(str(row[axis])) for axis in AXES[:3]]
+            sheet.writerow(
+                [table, *names, _safe(request), _safe(forget), figure, value["mean"], half, value["n"], verdict]
+            )
+
+    for row in data["lives"]:
+        for figure, value in row["figures"].items():
+            line("lives", row, "", row["forget"], figure, value)
+        line("lives", row, "", row["forget"], "average_accuracy against the first", row["difference"])
+    for request in data["requests"]:
+        for row in request["rows"]:
+            for metric, value in row["gaps"].items():
+                line(
+                    "requests",
+                    request,
+                    request["request"],
+                    row["by"],
+                    f"distance: {metric}",
+                    value,
+                    row["verdicts"].get(metric, ""),
+                )
+            line("requests", request, request["request"], row["by"], "cost", row["cost"])
+    return out.getvalue()
+
+
+def _safe(text: str) -> str:
+    """A spreadsheet takes what begins so for a formula."""
+    return "'" + text if text[:1] in "=+-@\t\r" else text
+
+
+def as_markdown(data: Mapping[str, Any]) -> str:
+    """The tables as Markdown."""
+    parts = [
+        f"# {_cell(data['name'])}",
+        f"{len(data['lives'])} variants, seeds {', '.join(map(str, data['seeds']))}.",
+        _markdown(*lives_table(data)),
+    ]
+    for request in data["requests"]:
+        parts += [f"## {_cell(title(request))}", _markdown(*request_table(data, request))]
+    if data["requests"]:
+        parts.append(NOTE)
+    parts += [f"- failed: {_cell(_failed(entry))}" for entry in data["failed"]]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def as_html(data: Mapping[str, Any]) -> str:
+    """One page that needs nothing else: tables and, for every request, the picture."""
+    environment = Environment(
+        loader=PackageLoader("remanence.life", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    requests = [
+        (title(request), request_table(data, request), pareto(f"p{i}", request))
+        for i, request in enumerate(data["requests"])
+    ]
+    return environment.get_template("comparison.html.j2").render(
+        d=data,
+        lives=lives_table(data),
+        words=len(varied(data)),
+        requests=requests,
+        note=NOTE,
+        failed=[_failed(entry) for entry in data["failed"]],
+    )
+
+
+def pareto(key: str, request: Mapping[str, Any]) -> Markup | None:
+    """How near the request is to retrained (across) and how near everything else is (up), the size of a mark telling the cost; the
+    methods that none beats in both are joined by a line."""
+    points = []
+    for row in request["rows"]:
+        gone, kept = row["gaps"].get(FORGOTTEN), row["gaps"].get(UTILITY)
+        if gone is not None and kept is not None:
+            points.append((row["by"], gone, kept, row["cost"]["mean"] if row["cost"] else 0.0))
+    if len(points) < 2:
+        return None
+    wide, high, left, top = 520.0, 300.0, 66.0, 16.0
+    most_x = 1.15 * max(gone["mean"] for _, gone, _, _ in points) or 1.0
+    most_y = 1.15 * max(kept["mean"] for _, _, kept, _ in points) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + wide * min(x / most_x, 1.0), top + high * (1 - min(y / most_y, 1.0))
+
+    found = [
+        el("line", x1=left, x2=left + wide, y1=top + high, y2=top + high, class_="rule"),
+        el("line", x1=left, x2=left, y1=top, y2=top + high, class_="rule"),
+    ]
+    front = _front([(gone["mean"], kept["mean"]) for _, gone, kept, _ in points])
+    found.append(
+        el("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in front)), class_="front")
+    )
+    taken: list[tuple[float, float, float, float]] = []
+    for i, (name, gone, kept, cost) in enumerate(points):
+        x, y = at(gone["mean"], kept["mean"])
+        tip = f"{name}: {FORGOTTEN} {stat(gone)}, {UTILITY} {stat(kept)}, cost {number(cost, 2)}"
+        ends = []
+        if gone["half"]:
+            ends.append(
+                (at(max(gone["mean"] - gone["half"], 0), kept["mean"]), at(gone["mean"] + gone["half"], kept["mean"]))
+            )
+        if kept["half"]:
+            ends.append(
+                (at(gone["mean"], max(kept["mean"] - kept["half"], 0)), at(gone["mean"], kept["mean"] + kept["half"]))
+            )
+        bars = [el("line", x1=x1, x2=x2, y1=y1, y2=y2, class_="bar") for (x1, y1), (x2, y2) in ends]
+        lx, ly, anchor = _free(x, y, name, taken, left + wide + 80)
+        label = el("text", name, x=lx, y=ly, class_=f"label{anchor}")
+        found.append(el("g", el("title", tip), *bars, marker(i, x, y, 4.0 + 3.0 * min(cost, 1.0) ** 0.5), label))
+    for share in (0.0, 0.5, 1.0):
+        x, y = at(share * most_x, share * most_y)
+        found += [
+            el("text", number(share * most_x), x=x, y=top + high + 18, class_="axis mid"),
+            el("text", number(share * most_y), x=left - 8, y=y + 4, class_="axis end"),
+        ]
+    found += [
+        el(
+            "text",
+            f"request: distance to retrained ({FORGOTTEN}, nats)",
+            x=left + wide / 2,
+            y=top + high + 40,
+            class_="axis mid",
+        ),
+        el(
+            "text",
+            f"the rest: distance to retrained ({UTILITY})",
+            x=-(top + high / 2),
+            y=14,
+            class_="axis mid",
+            transform="rotate(-90)",
+        ),
+    ]
+    told = "; ".join(f"{name} at {number(gone['mean'])} and {number(kept['mean'])}" for name, gone, kept, _ in points)
+    return svg(key, left + wide + 90, top + high + 52, "Forgetting against utility; lower left is best", told, *found)
+
+
+def _free(
+    x: float, y: float, name: str, taken: list[tuple[float, float, float, float]], edge: float
+) -> tuple[float, float, str]:
+    """Where a label can stand without covering another: (x, y, class of its anchor). A letter is about 6.3 units wide, a line 14 high."""
+    width = 6.3 * len(name)
+    spots = [(side, dy) for dy in (-7.0, 15.0, -21.0, 29.0, -35.0, 43.0, -49.0) for side in (1, -1)]
+    for side, dy in spots:
+        start = x + 9 if side > 0 else x - 9 - width
+        box_ = (start, y + dy - 11, start + width, y + dy + 3)
+        inside = start > 0 and box_[2] < edge and box_[1] > 0
+        if inside and not any(box_[0] < b[2] and b[0] < box_[2] and box_[1] < b[3] and b[1] < box_[3] for b in taken):
+            break
+    taken.append(box_)
+    return (x + 9, y + dy, "") if side > 0 else (x - 9, y + dy, " end")
+
+
+def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other beats in both, from left to right."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
