@@ -210,14 +210,11 @@ def _open(home: Path, *, look: bool = False, allow_drift: bool = False, progress
     from remanence.life.run import Reading
 
     plan = home / "plan.yaml"
-    if (home / "ledger.db").exists():
-        if not plan.exists():
-            raise BadInput(
-                f"{home} holds a life that was not run from a plan, so its network is known to your program only; "
-                "open it there: remanence.Life.resume(home, model, data)"
-            )
-        if plan.read_text(encoding="utf-8").startswith("# removed"):
-            raise BadInput(f"the plan of {home} was removed by redact, so this life can only be verified and deleted")
+    if (home / "ledger.db").exists() and not plan.exists():
+        raise BadInput(
+            f"{home} holds a life that was not run from a plan, so its network is known to your program only; "
+            "open it there: remanence.Life.resume(home, model, data)"
+        )
     try:
         return (Reading if look else Life).resume(home, allow_drift=allow_drift, progress=progress)
     except PlanError as error:

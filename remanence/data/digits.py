@@ -101,12 +101,12 @@ def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
-def read_idx(path: str | Path) -> np.ndarray:
+def read_idx(path: str | Path, max_bytes: int = LIMIT) -> np.ndarray:
     """An array from an idx file (the MNIST format), gzipped or not.
 
     Raises:
         Corrupt: not an idx file, or truncated.
-        BadInput: no such file, or values of more than 4 GiB.
+        BadInput: no such file, or values of more than `max_bytes`.
     """
     path = Path(path)
     try:
@@ -124,7 +124,7 @@ def read_idx(path: str | Path) -> np.ndarray:
             shape = tuple(int(n) for n in np.frombuffer(sizes, ">u4"))
             expected = int(np.prod(shape, dtype=object)) * kind.itemsize
             if expected <= most:
-                fits(expected, LIMIT, f"{path}")
+                fits(expected, max_bytes, f"{path}")
             raw = file.read(min(expected, most) + 1)
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist; give the path of an idx file") from None
@@ -136,14 +136,14 @@ def read_idx(path: str | Path) -> np.ndarray:
     return np.frombuffer(raw, kind).reshape(shape).astype(kind.newbyteorder("="))
 
 
-def idx(images: str | Path, labels: str | Path, source: str = "idx") -> Examples:
+def idx(images: str | Path, labels: str | Path, source: str = "idx", max_bytes: int = LIMIT) -> Examples:
     """Images (N, 1, H, W) in [0, 1] and labels (N,) from two idx files (MNIST, Fashion-MNIST and their like).
 
     Raises:
         Corrupt: a file is not idx or truncated.
-        BadInput: a missing file, or files of different length.
+        BadInput: a missing file, files of different length, or one whose values take more than `max_bytes`.
     """
-    pixels, targets = read_idx(images), read_idx(labels)
+    pixels, targets = read_idx(images, max_bytes), read_idx(labels, max_bytes)
     if pixels.ndim < 2 or targets.ndim != 1 or len(pixels) != len(targets):
         raise BadInput(f"images of shape {pixels.shape} and labels of shape {targets.shape} do not belong together")
     x = torch.from_numpy(pixels.astype(np.float32)) / (255 if pixels.dtype == np.uint8 else 1)

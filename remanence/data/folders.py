@@ -66,16 +66,17 @@ def images(
             raise BadInput(f"{name} is not known as an image ({', '.join(_KINDS)}); move it away or convert it")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels says it with our own limit
-                image = Image.open(path, formats=[kind])
-            with image:
-                if image.width * image.height > max_pixels:
-                    raise BadInput(
-                        f"{name} has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}; shrink it first"
-                    )
-                if image.mode[0] in "IF":
-                    raise BadInput(f"{name} has more than 8 bits per value ({image.mode}); convert it to 8 bits")
-                plain: Any = image.convert("L" if gray else "RGB")
+                warnings.simplefilter(
+                    "ignore"
+                )  # of bombs, as max_pixels has a limit of its own, and of damage, which is an error here
+                with Image.open(path, formats=[kind]) as image:
+                    if image.width * image.height > max_pixels:
+                        raise BadInput(
+                            f"{name} has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}; shrink it first"
+                        )
+                    if image.mode[0] in "IF":
+                        raise BadInput(f"{name} has more than 8 bits per value ({image.mode}); convert it to 8 bits")
+                    plain: Any = image.convert("L" if gray else "RGB")
         except Image.DecompressionBombError:
             raise BadInput(f"{name} has more pixels than can be decoded safely; shrink it first") from None
         except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:  # what decoders raise

@@ -197,7 +197,7 @@ class Life:
             raise BadInput(f"seed={seed!r} must be an integer")
         self.problem, self.seed = problem_of(problem), seed
         self._factory = None if isinstance(model, nn.Module) else model
-        built = model if isinstance(model, nn.Module) else model(seed)
+        built = model if isinstance(model, nn.Module) or not callable(model) else model(seed)
         if not isinstance(built, nn.Module):
             raise BadInput(
                 f"model must be a torch module or a function of a seed that builds one, not {type(model).__name__}"

@@ -88,11 +88,11 @@ class QuadraticAnchor:
         away = torch._foreach_sub(
             [_old(name, params[name], self.anchor[name]) for name in names], [self.anchor[name] for name in names]
         )
-        torch._foreach_mul_(away, 2.0 * self.factor)  # first, so that a stiffness of ones gives the bits of none
         if self.stiffness is None:
+            torch._foreach_mul_(away, 2.0 * self.factor)  # first, so that a stiffness of ones gives the bits of none
             torch._foreach_add_(grads, away)
         else:
-            torch._foreach_addcmul_(grads, away, [self.stiffness[name] for name in names])
+            torch._foreach_addcmul_(grads, away, [self.stiffness[name] for name in names], value=2.0 * self.factor)
 
     def merge(
         self,

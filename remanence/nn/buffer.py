@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class Buffer:
         self._columns: dict[str, Tensor] = {}  # (rows allocated, ...) each; rows 0 .. len - 1 are live
         self._size = 0
         self._offered: dict[int, int] = {}  # rows offered per group: per label, or all of them under group 0
+        self._even: _Even | None = None  # for balanced draws; made anew after rows came or went
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -88,7 +90,7 @@ class Buffer:
         for name, column in self._columns.items():
             value = columns[name].detach()
             column[target.to(device)] = value[fresh[source].to(value.device)].to(device)
-        self._size = grown
+        self._size, self._even = grown, None
         kept[fresh[source]] = True
         return kept
 
@@ -151,7 +153,9 @@ class Buffer:
             raise BadInput(f"cannot draw {n} rows")
         n = min(n, self._size)
         if balanced and n:
-            return _ranked(self._columns["y"][: self._size].cpu(), n, generator)
+            if self._even is None:
+                self._even = _Even(self._columns["y"][: self._size])
+            return self._even.draw(n, generator)
         return _sample(n, self._size, generator)
 
     # -- holder --------------------------------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ class Buffer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state that :meth:`state_dict` gave; the buffer then goes on as the saved one would have."""
-        allocated, self._columns, self._size = int(state["allocated"]), {}, 0
+        allocated, self._columns, self._size, self._even = int(state["allocated"]), {}, 0, None
         for name, rows in state["columns"].items():
             if len(rows) > allocated:
                 raise BadInput(f"column {name!r} has {len(rows)} rows where {allocated} are allocated")
@@ -301,7 +305,7 @@ class Buffer:
         for column in self._columns.values():
             column[holes.to(column.device)] = column[movers.to(column.device)]
             column[left : self._size] = 0
-        self._size = left
+        self._size, self._even = left, None
 
     def _allocate(self, columns: Mapping[str, Tensor], rows: int) -> None:
         """Storage for so many rows: the whole capacity at once, or, where only per_class is given, per_class rows per
@@ -353,18 +357,24 @@ def _sample(n: int, size: int, generator: torch.Generator) -> Tensor:
             return distinct[:n]
 
 
-def _ranked(labels: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """n row numbers, labels as even as their rows allow: every label's rows are shuffled, then all first rows are
-    taken, all second rows, and so on."""
-    shuffled = torch.randperm(len(labels), generator=generator, device=generator.device).cpu()
-    present, group = torch.unique(labels[shuffled], return_inverse=True)
-    by_group = torch.argsort(group, stable=True)
-    counts = torch.bincount(group, minlength=len(present))
-    starts = torch.cumsum(counts, 0) - counts
-    rank = torch.empty_like(group)
-    rank[by_group] = torch.arange(len(labels)) - starts[group[by_group]]
-    turn = torch.randperm(
-        len(present), generator=generator, device=generator.device
-    ).cpu()  # who comes first within a round
-    chosen = shuffled[torch.argsort(rank * len(present) + turn[group])[:n]]
-    return chosen[torch.randperm(n, generator=generator, device=generator.device).cpu()]
+class _Even:
+    """Draws with labels as even as their rows allow: every label's rows are shuffled, then all first rows are taken, all
+    second rows, and so on. What depends on the labels (n,) alone is computed once; numpy, as draws are small and many."""
+
+    def __init__(self, labels: Tensor) -> None:
+        present, self._group, counts = np.unique(labels.cpu().numpy(), return_inverse=True, return_counts=True)
+        self._labels = len(present)
+        self._rounds = np.concatenate([np.arange(count) for count in counts])  # of the rows in order of their labels
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        shuffled = _permutation(len(self._group), generator)
+        group = self._group[shuffled]
+        rank = np.empty_like(shuffled)
+        rank[np.argsort(group, kind="stable")] = self._rounds
+        turn = _permutation(self._labels, generator)  # who comes first within a round
+        chosen = shuffled[np.argsort(rank * self._labels + turn[group])[:n]]
+        return torch.from_numpy(chosen[_permutation(n, generator)])
+
+
+def _permutation(n: int, generator: torch.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return torch.randperm(n, generator=generator, device=generator.device).cpu().numpy()

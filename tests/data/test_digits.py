@@ -62,6 +62,17 @@ def test_every_truncation_and_damage_is_named(tmp_path: Path) -> None:
         read_idx(tmp_path / "nowhere")
 
 
+def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(gzip.compress(struct.pack(">BBBB", 0, 0, 8, 1) + struct.pack(">I", 5) + bytes(2**24)))
+    with pytest.raises(Corrupt, match="more than 5 bytes of values where its header promises 5"):
+        read_idx(path)
+    path.write_bytes(gzip.compress(struct.pack(">BBBB", 0, 0, 8, 1) + struct.pack(">I", 2**24) + bytes(2**24)))
+    assert len(read_idx(path)) == 2**24
+    with pytest.raises(BadInput, match=r"16.0 MiB of memory where 1.0 MiB are allowed"):
+        read_idx(path, max_bytes=2**20)
+
+
 def test_idx_pairs_images_with_labels(tmp_path: Path) -> None:
     pixels = np.array([[[0, 255], [51, 102]]] * 4, dtype="u1")
     images, labels = write_idx(tmp_path / "x", pixels), write_idx(tmp_path / "y", np.array([3, 1, 3, 1], dtype="u1"))

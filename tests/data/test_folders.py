@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -75,7 +77,7 @@ def test_modes_become_three_channels(tmp_path: Path) -> None:
     assert bits[0].tolist() == [[1, 0], [0, 1]] and palette.max() == 0 and alpha[:, 0, 0].tolist() == [1, 0, 0]
     torch.testing.assert_close(gray, torch.full((3, 2, 2), 0.4))
     put(tmp_path / "a" / "deep.png", np.full((2, 2), 40_000, np.uint16))
-    with pytest.raises(BadInput, match="a/deep.png has more than 8 bits"):
+    with pytest.raises(BadInput, match=r"a/deep.png has more than 8 bits"):
         images(tmp_path)
 
 
@@ -97,7 +99,7 @@ def test_hidden_files_are_passed_over_and_strangers_are_not(tmp_path: Path) -> N
     (tmp_path / "dog").mkdir()
     with pytest.raises(BadInput, match="the class folder 'dog' has no images"):
         images(tmp_path)
-    with pytest.raises(UnknownName, match="folder 'owl' that is not among .*did you mean 'owls'"):
+    with pytest.raises(UnknownName, match=r"folder 'owl' that is not among .*did you mean 'owls'"):
         images(tmp_path, classes=["cat", "dog", "owls"])
 
 
@@ -108,15 +110,15 @@ def test_links_inside_are_followed_and_links_outside_refused(tmp_path: Path) -> 
     assert len(images(root)) == 6
     secret = put(tmp_path / "secret" / "s.png", np.zeros((4, 5, 3), np.uint8))
     (root / "owl" / "s.png").symlink_to(secret)
-    with pytest.raises(BadInput, match="owl/s.png is a link that leads out"):
+    with pytest.raises(BadInput, match=r"owl/s.png is a link that leads out"):
         images(root)
     (root / "owl" / "s.png").unlink()
     (root / "dog").symlink_to(secret.parent)
-    with pytest.raises(BadInput, match="dog/s.png is a link that leads out"):
+    with pytest.raises(BadInput, match=r"dog/s.png is a link that leads out"):
         images(root)
     (root / "dog").unlink()
     (root / "owl" / "nowhere.png").symlink_to(root / "owl" / "missing.png")
-    with pytest.raises(BadInput, match="nowhere.png is no file"):
+    with pytest.raises(BadInput, match=r"nowhere.png is no file"):
         images(root)
     linked = tmp_path / "linked"
     (root / "owl" / "nowhere.png").unlink()
@@ -136,12 +138,12 @@ def test_damaged_images_are_named(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n" + raw)  # another format than the name says is never decoded
     with pytest.raises(Corrupt, match="cannot be read"):
         images(tmp_path)
-    for at in rng.choice(len(raw), 40, replace=False):  # whatever else is wrong: our error or an image, never another exception
+    for at in rng.choice(
+        len(raw), 40, replace=False
+    ):  # whatever else is wrong: our error or an image, never another exception
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
-        try:
+        with contextlib.suppress(RemanenceError):
             images(tmp_path, max_pixels=10_000)
-        except RemanenceError:
-            pass
 
 
 def test_bombs_and_limits(tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_bombs_and_limits(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"1 images of this size would take 103.0 MiB of memory where 1.0 MiB"):
         images(tmp_path, max_bytes=2**20)
     Image.new("1", (20_000, 20_000)).save(tmp_path / "a" / "bomb.png")  # beyond what Pillow itself accepts
-    with pytest.raises(BadInput, match="a/bomb.png has more pixels"):
+    with pytest.raises(BadInput, match=r"a/bomb.png has more pixels"):
         images(tmp_path, size=8)
 
 
@@ -170,7 +172,9 @@ def test_no_folder_no_class_no_pillow(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_fingerprints_in_another_process(tmp_path: Path) -> None:
     folder(tmp_path)
     code = "import sys, remanence as rm; print(rm.data.images(sys.argv[1], size=3).fingerprint())"
-    seen = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True).stdout
+    seen = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
     assert seen.strip() == images(tmp_path, size=3).fingerprint()
 
 

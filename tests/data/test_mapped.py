@@ -47,7 +47,9 @@ def test_every_way_of_reading_equals_the_column_in_memory(tmp_path: Path) -> Non
         x, plain = found["x"], expected["x"]
         assert isinstance(x, Rows) and x.shape == plain.shape and x.dtype == plain.dtype and len(x) == len(plain), name
         assert found.fingerprint() == expected.fingerprint(), name
-        assert torch.equal(x[:], plain) and torch.equal(found["y"], expected["y"]) and torch.equal(found.id, expected.id)
+        assert (
+            torch.equal(x[:], plain) and torch.equal(found["y"], expected["y"]) and torch.equal(found.id, expected.id)
+        )
         if not len(plain):
             continue
         rows = torch.randint(0, len(plain), (11,), generator=torch.Generator().manual_seed(0))
@@ -59,7 +61,9 @@ def test_every_way_of_reading_equals_the_column_in_memory(tmp_path: Path) -> Non
         for other in (x.flatten(1), x.reshape(len(x), -1)):  # what is not a choice of rows reads the whole
             assert type(other) is torch.Tensor and torch.equal(other, plain.flatten(1))
         assert float(x.mean()) == float(plain.mean()) and x.tolist() == plain.tolist()
-        assert np.array_equal(x.numpy(), plain.numpy()) and torch.equal(torch.cat([x, plain]), torch.cat([plain, plain]))
+        assert np.array_equal(x.numpy(), plain.numpy()) and torch.equal(
+            torch.cat([x, plain]), torch.cat([plain, plain])
+        )
 
 
 def test_streams_of_a_mapped_column_stay_mapped(tmp_path: Path) -> None:
@@ -172,20 +176,22 @@ half.fingerprint()
 rm.data.cat([half, examples]).fingerprint()
 print(peak() - before)
 """
-    seen = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big")], capture_output=True, text=True, check=True)
+    seen = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "big")], capture_output=True, text=True, check=True
+    )
     assert float(seen.stdout) < 60
 
 
 def test_a_life_learns_from_a_file_as_from_memory(tmp_path: Path) -> None:
     import remanence as rm
 
-    digits = rm.data.digits()
-    np.save(tmp_path / "x.npy", digits["x"].numpy())
-    same = Examples({"x": digits["x"], "y": digits["y"]}, "memmap")
+    x, y = values(120).flatten(1), torch.arange(120) % 4
+    np.save(tmp_path / "x.npy", x.numpy())
+    same = Examples({"x": x, "y": y}, "memmap")
     ends = []
-    for examples, home in ((memmap(tmp_path / "x.npy", digits["y"]), "file"), (same, "memory")):
+    for examples, home in ((memmap(tmp_path / "x.npy", y), "file"), (same, "memory")):
         stream = split_classes(examples, tasks=2)
-        life = rm.Life(torch.nn.Linear(64, 10), keep=[rm.keep.Replay(per_class=5)], home=tmp_path / home, seed=1)
+        life = rm.Life(torch.nn.Linear(6, 4), keep=[rm.keep.Replay(per_class=5)], home=tmp_path / home, seed=1)
         with torch.no_grad():
             for p in life.model.parameters():
                 p.zero_()

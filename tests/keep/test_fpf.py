@@ -51,7 +51,7 @@ def watched(keep, tasks, **settings):
 @pytest.mark.parametrize(("modules", "moved"), [
     ("norm+head", {"body.2", "head"}), (["head"], {"head"}), ("body.2", {"body.2"}), (["body.1", "head"], {"body.1", "head"}),
     (["body"], {"body.1", "body.2"}),
-], ids=str)  # fmt: skip
+], ids=lambda value: str(sorted(value) if isinstance(value, set) else value))  # fmt: skip
 def test_what_is_not_selected_keeps_its_bits(modules, moved):
     keeper = FPF(k=0, modules=modules, steps=10)
     lived = Lived([keeper], network()).all(TWO, epochs=1)

@@ -32,7 +32,13 @@ measure: [accuracy, forgetting, bytes, {stability-gap: {every: 4, subset: 50}}]
 VARYING = {"seconds", "reference_seconds", "fraction_of_retraining", "life", "hash", "signer", "peak_bytes"}
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["remanence.life.run", "remanence.life.life", "remanence.life.report", "sklearn.datasets", "sklearn.linear_model"])
+_context.set_forkserver_preload(
+    [
+        *("remanence.life.run", "remanence.life.life", "remanence.life.report", "remanence.measure.attacks"),
+        *("sklearn.datasets", "sklearn.linear_model", "sqlalchemy.dialects.sqlite"),
+        "torch._dynamo",  # torch's optimizers import it, three seconds in every process that does not find it loaded
+    ]
+)
 
 
 def live(plan: str, home: str, config: str, kill_at_sync: int | None, kill_at_step: str | None) -> None:

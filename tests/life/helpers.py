@@ -47,9 +47,7 @@ def lived(home: Path | None, tasks: int = 2, keep: Any = REPLAY, **options: Any)
 
 def again(home: Path, data: Any = None, **options: Any) -> Life:
     """The life in `home`, gone on with."""
-    return Life.resume(
-        home, options.pop("model", network), list(stream()) if data is None else data, **options
-    )
+    return Life.resume(home, options.pop("model", network), list(stream()) if data is None else data, **options)
 
 
 def of_class(task: Task, label: int) -> Ids:
@@ -110,7 +108,9 @@ def secret_stream() -> list[Task]:
     return tasks
 
 
-SECRET_PLAN = f"events:\n  - learn: 0\n  - learn: 1\n  - forget: {{ids: [{SECRET_IDS[0]}, {SECRET_IDS[1]}], by: retrain}}\n"
+SECRET_PLAN = (
+    f"events:\n  - learn: 0\n  - learn: 1\n  - forget: {{ids: [{SECRET_IDS[0]}, {SECRET_IDS[1]}], by: retrain}}\n"
+)
 SECRET_KEEP: list[Any] = [{"replay": {"per_class": 100, "batch_size": 16}}, {"ewc": {"strength": 1.0}}]
 
 

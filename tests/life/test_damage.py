@@ -101,7 +101,7 @@ def test_a_damaged_snapshot(harm: str, home: Path) -> None:
 def test_an_altered_table_of_the_ledger(table: str, home: Path) -> None:
     """The snapshots' manifests lie in `current`; requests in `private`; who was learned in `private_ids` and `blocks`."""
     changes = {
-        "current": "UPDATE current SET value = replace(value, '\"dtype\":\"float32\"', '\"dtype\":\"float64\"') WHERE key = 'snapshots'",
+        "current": 'UPDATE current SET value = replace(value, \'"dtype":"float32"\', \'"dtype":"float64"\') WHERE key = \'snapshots\'',
         "private": "UPDATE private SET value = replace(value, '\"asked\"', '\"basked\"')",
         "rows": "UPDATE rows SET body = replace(body, '\"learn task 0\"', '\"learn task 1\"')",
         "private_ids": "UPDATE private_ids SET count = count + 1",
@@ -195,7 +195,7 @@ def test_a_missing_signing_key_is_noticed_before_anything_moves(
         life.forget(Request(ids=of_class(stream()[0], 0).array[:3]), by="retrain")
         before, rows = bits(life), kinds(life)
         (tmp_path / "config").rename(tmp_path / "elsewhere")
-        with pytest.raises(StorageError, match="signing key .* is missing.*put it back"):
+        with pytest.raises(StorageError, match=r"signing key .* is missing.*put it back"):
             life.forget(Request(classes=[3]), by="retrain")
         assert bits(life) == before and kinds(life) == rows
         life.learn(stream()[2], **FAST)  # learning signs nothing
@@ -341,7 +341,7 @@ def test_too_little_room_for_a_request_is_seen_beforehand(home: Path, monkeypatc
     with again(home) as life:
         before = bits(life)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
-        with pytest.raises(Refused, match="1000 bytes free.*free some space"):
+        with pytest.raises(Refused, match=r"1000 bytes free.*free some space"):
             life.forget(Request(classes=[3]), by="retrain")
         assert bits(life) == before and kinds(life)[-1] == "refused"
 
@@ -360,7 +360,7 @@ def test_a_read_only_disk(home: Path) -> None:
         for act in (learns, forgets, lambda life: life.report()):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "open", refuse)
-                with pytest.raises(StorageError, match="read-only folder or disk.*make it accessible"):
+                with pytest.raises(StorageError, match=r"read-only folder or disk.*make it accessible"):
                     act(life)
             assert bits(life)["state"] == before["state"]
         learns(life)
@@ -406,7 +406,7 @@ def test_an_edited_example(home: Path) -> None:
     x[5, 5] += 0.25
     for edited in (tasks[1].train.replace(x=x), tasks[1].train.select(torch.arange(len(x) - 1))):
         changed = [tasks[0], Task(edited, tasks[1].test, tasks[1].classes, tasks[1].names, 1), tasks[2]]
-        with pytest.raises(DataChanged, match="task 1 of .* has changed since.*restore the source"):
+        with pytest.raises(DataChanged, match=r"task 1 of .* has changed since.*restore the source"):
             again(home, changed)
     again(home).close()
 
@@ -474,7 +474,9 @@ def test_another_model(home: Path) -> None:
             again(home, model=other)
     with again(home) as life:
         before = bits(life)
-    with again(home, model=mlp(64, [12], seed=99)) as life:  # the same network with other values: those of its birth count
+    with again(
+        home, model=mlp(64, [12], seed=99)
+    ) as life:  # the same network with other values: those of its birth count
         assert bits(life) == before
         assert life.forget(Request(classes=[3]), by="retrain").status == "done"
         after = life.content_digest()

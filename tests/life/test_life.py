@@ -66,7 +66,9 @@ def test_the_surface_has_the_names_of_the_design() -> None:
         found = parameters(function)
         assert {name: found.get(name, "absent") for name in expected} == expected, function
         kind = inspect.signature(function).parameters
-        assert all(kind[name].kind == kind[name].KEYWORD_ONLY for name in found if name not in expected) or function in (
+        assert all(
+            kind[name].kind == kind[name].KEYWORD_ONLY for name in found if name not in expected
+        ) or function in (
             rm.data.split_digits,
             rm.data.Examples,
         )
@@ -221,7 +223,9 @@ def test_a_regression_life(tmp_path: Path) -> None:
     def build(seed: int) -> nn.Module:
         return mlp(4, [16], 1, seed=seed)
 
-    with Life(build, problem="regression", keep=[{"replay": {"policy": "reservoir", "capacity": 20}}], home=tmp_path) as life:
+    with Life(
+        build, problem="regression", keep=[{"replay": {"policy": "reservoir", "capacity": 20}}], home=tmp_path
+    ) as life:
         for task in tasks:
             event = life.learn(task, epochs=30, batch_size=15, optimizer="adam", lr=0.01)
         assert event.measures["mse"] < 1.0 and "forgetting" not in event.measures
@@ -231,13 +235,15 @@ def test_a_regression_life(tmp_path: Path) -> None:
         assert mse == pytest.approx(life.measure()["tasks"][0], rel=1e-4)
         receipt = life.forget(Request(ids=range(0, 20)), by="retrain")
         assert set(receipt.states.values()) == {"deleted"}
-        receipt = life.forget(Request(ids=range(20, 40)), by="gradient-ascent", verify={"retrain": {"seeds": 2}}, lr=0.001)
+        receipt = life.forget(
+            Request(ids=range(20, 40)), by="gradient-ascent", verify={"retrain": {"seeds": 2}}, lr=0.001
+        )
         assert {cell["metric"] for cell in receipt.evidence} >= {"forget mse", "retain mse", "KL from references"}
         before = bits(life)
     with again(tmp_path, tasks, model=build) as life:
         assert bits(life) == before
     wrong = Task(line(200, 2).train.replace(y=torch.zeros(45, 3)), line(200, 2).test, (), (), 2)
-    with again(tmp_path, tasks, model=build) as life, pytest.raises(BadInput, match="targets of shape"):
+    with again(tmp_path, tasks, model=build) as life, pytest.raises(BadInput, match="shape"):
         life.learn(wrong, **FAST)
 
 
@@ -433,7 +439,9 @@ def test_an_nmc_life_forgets(tmp_path: Path) -> None:
         assert receipt.states["learn/nmc"] == "deleted" and "weights" not in receipt.states
         assert 3 not in life.predict(stream()[1].test["x"]).tolist()
         before = life.predict(stream()[0].test["x"])
-    with lived(tmp_path / "fresh", learner="nmc", keep=[], tasks=0, model=lambda seed: identity(64, seed=seed)) as fresh:
+    with lived(
+        tmp_path / "fresh", learner="nmc", keep=[], tasks=0, model=lambda seed: identity(64, seed=seed)
+    ) as fresh:
         for task in list(stream())[:2]:
             fresh.learn(Task(task.train.without(gone), task.test, (), (), task.id), **FAST)
         assert torch.equal(fresh.predict(stream()[0].test["x"]), before)

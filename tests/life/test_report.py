@@ -38,7 +38,7 @@ from tests.life.helpers import (
     stream,
 )
 
-HOSTILE = '<script>alert(1)</script>"\'><img src=x onerror=alert(2)>&\x1b[31m\u202e'
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&\x1b[31m\u202e"
 
 
 class Page(HTMLParser):
@@ -84,7 +84,9 @@ def check_page(text: str) -> Page:
 
 def data_of(life: Life) -> dict[str, Any]:
     life.report()
-    found: dict[str, Any] = json.loads((life.home / "report.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    found: dict[str, Any] = json.loads(
+        (life.home / "report.json").read_text(), parse_constant=lambda word: pytest.fail(word)
+    )
     return found
 
 
@@ -174,7 +176,9 @@ def test_figures_speak_of_a_request_as_a_whole(tmp_path: Path) -> None:
     counts = []
     for n in (22, 50):
         with lived(tmp_path / str(n)) as life:
-            life.forget(Request(ids=Ids(stream()[0].train.id.numpy()[:n])), by="salun", verify={"retrain": {"seeds": 2}})
+            life.forget(
+                Request(ids=Ids(stream()[0].train.id.numpy()[:n])), by="salun", verify={"retrain": {"seeds": 2}}
+            )
             counts.append(numbers(data_of(life)))
     assert abs(counts[1] - counts[0]) < 6  # one more figure may be defined, but none is added per example
 

@@ -300,7 +300,9 @@ def test_a_later_exact_retrain_deletes_all_that_was_forgotten_so_far(tmp_path: P
 
 def test_stale_snapshots_that_hold_the_ids_are_erased(tmp_path: Path) -> None:
     with lived(tmp_path) as life:
-        entries = {entry["event"]: life._snapshots.files(entry["manifest"]) for entry in life._ledger.get_current("snapshots")}
+        entries = {
+            entry["event"]: life._snapshots.files(entry["manifest"]) for entry in life._ledger.get_current("snapshots")
+        }
         assert set(entries) == {0, 1, 2}
         receipt = life.forget(Request(classes=[3]), by="retrain")
         kept = [entry["event"] for entry in life._ledger.get_current("snapshots")]
@@ -320,7 +322,9 @@ def test_ten_requests_in_a_row_are_measured_alike(tmp_path: Path) -> None:
     """The references of the tenth are lives without anything that was forgotten before it."""
     ids = [int(i) for i in of_class(stream()[0], 0).array[:10]]
     with lived(tmp_path) as life:
-        found = [life.forget(Request(ids=[i]), by={"ssd": {"selection": 10}}, verify={"retrain": {"seeds": 2}}) for i in ids]
+        found = [
+            life.forget(Request(ids=[i]), by={"ssd": {"selection": 10}}, verify={"retrain": {"seeds": 2}}) for i in ids
+        ]
         assert [receipt.number for receipt in found] == list(range(1, 11))
         assert all(row.state in ("holds", "unlearned", "deleted") for row in life.trace(ids))
         gone = Ids(ids)
@@ -341,7 +345,7 @@ def test_ten_requests_in_a_row_are_measured_alike(tmp_path: Path) -> None:
 def test_a_crossed_limit_fails_the_event_and_the_life_is_as_before(tmp_path: Path) -> None:
     with lived(tmp_path, keep=RICH) as life:
         before, rows = bits(life), rest(life)
-        with pytest.raises(EventFailed, match="as it was before.*limit 0.1"):
+        with pytest.raises(EventFailed, match=r"as it was before.*limit 0.1"):
             life.forget(Request(classes=[3]), by={"gradient-ascent": {"cap": None, "retain": 0.0}}, lr=1.0, limit=0.1)
         assert bits(life) | {"digest": ""} == before | {"digest": ""} and rest(life) == [*rows, "asked", "failed"]
         receipt = life.forget(Request(classes=[3]), by="retrain", limit=0.9)  # it may be retried
@@ -392,7 +396,9 @@ def test_by_column_and_by_several_fields(tmp_path: Path) -> None:
 
 def test_the_receipt_carries_no_example_and_no_id(tmp_path: Path) -> None:
     with lived(tmp_path) as life:
-        base = Examples({"x": torch.rand(4, 64), "y": torch.tensor([0, 1, 0, 1])}, "people", [910000017 + i for i in range(4)])
+        base = Examples(
+            {"x": torch.rand(4, 64), "y": torch.tensor([0, 1, 0, 1])}, "people", [910000017 + i for i in range(4)]
+        )
         life.learn(Task(base, stream()[0].test, (0, 1), ("0", "1"), 11), **FAST)
         receipt = life.forget(Request(ids=base.ids), by="salun", verify={"retrain": {"seeds": 2}})
         text = receipt.path.read_text()

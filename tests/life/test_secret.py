@@ -48,8 +48,12 @@ def test_a_forgotten_secret_is_in_no_file(by: str, tmp_path: Path) -> None:
     life = begun(tmp_path)
     before = scan(tmp_path, forms())
     assert any(name.startswith("snapshots/") and form == "float32" for name, form in before)  # the scan can fail
-    assert ("ledger.db", "int64") in scan(tmp_path, id_forms()) or ("ledger.db-wal", "int64") in scan(tmp_path, id_forms())
-    receipt = life.forget(Request(ids=list(SECRET_IDS)), by=by, verify={"retrain": {"seeds": 1}} if by == "ssd" else None)
+    assert ("ledger.db", "int64") in scan(tmp_path, id_forms()) or ("ledger.db-wal", "int64") in scan(
+        tmp_path, id_forms()
+    )
+    receipt = life.forget(
+        Request(ids=list(SECRET_IDS)), by=by, verify={"retrain": {"seeds": 1}} if by == "ssd" else None
+    )
     life.report()
     assert (tmp_path / "ledger.db-wal").exists()  # still open
     assert scan(tmp_path, forms()) == set()

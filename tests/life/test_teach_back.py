@@ -107,7 +107,9 @@ def test_nor_with_other_seeds_and_knobs(slug: str, how: str, seed: int) -> None:
 def _stays_forgotten(keeper: Any, how: str, seed: int) -> None:
     forget = {"by": "retrain"} if how == "retrain" else APPROXIMATE
     before, after, later, references = through(keeper, forget, seed=seed)
-    assert before[0] > 0.5 and after[1] <= MARGINS[0], f"not known, or not forgotten in the first place: {before} -> {after}"
+    assert before[0] > 0.5 and after[1] <= MARGINS[0], (
+        f"not known, or not forgotten in the first place: {before} -> {after}"
+    )
     for k in (0, 1):
         assert later[k] <= allowed([r[k] for r in references], MARGINS[k]), (before, after, later, references)
 
@@ -181,6 +183,6 @@ def test_a_keeper_that_could_not_rebuild_is_refused_from_the_start(tmp_path: Pat
         def setup(self) -> None:
             self.anchor = torch.zeros(3)
 
-    with pytest.raises(BadInput, match="no `forgot`.*teach forgotten data back"):
+    with pytest.raises(BadInput, match=r"no `forgot`.*teach forgotten data back"):
         Life(network, keep=[NoRebuild()], home=tmp_path / "home")
     assert not (tmp_path / "home").exists()

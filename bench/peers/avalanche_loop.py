@@ -1,0 +1,98 @@
+"""avalanche-lib 0.6.0 on the same tensors, network and settings; runs in an environment of its own, spoken to in lines.
+
+    .venv-peers/bin/python bench/peers/avalanche_loop.py DATA.npz        stdin: a method per line; stdout: {"wall", "cpu"}
+
+It pulls a torchvision that is built for another torch and dies when it registers its operators; these are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gc
+import json
+import sys
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_register_fake = torch.library.register_fake
+
+
+def _without_torchvision(op: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(op, str) and op.startswith("torchvision::"):
+        return lambda function: function
+    return _register_fake(op, *args, **kwargs)
+
+
+torch.library.register_fake = _without_torchvision  # type: ignore[assignment]
+warnings.filterwarnings("ignore")
+
+from avalanche.benchmarks import benchmark_from_datasets  # noqa: E402
+from avalanche.benchmarks.scenarios.supervised import with_classes_timeline  # noqa: E402
+from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute  # noqa: E402
+from avalanche.training.plugins import EWCPlugin, EvaluationPlugin, ReplayPlugin  # noqa: E402
+from avalanche.training.storage_policy import ClassBalancedBuffer  # noqa: E402
+from avalanche.training.supervised import Naive  # noqa: E402
+from torch.utils.data import TensorDataset  # noqa: E402
+
+LR, BATCH, MEMORY, STRENGTH = 0.1, 64, 200, 100.0
+
+
+def experiences(path: str) -> tuple[Any, int]:
+    """The stream of training experiences, and the width of the inputs."""
+    made = []
+    with np.load(path) as arrays:
+        for number in range(len(arrays.files) // 2):
+            x, y = torch.from_numpy(arrays[f"x{number}"]), torch.from_numpy(arrays[f"y{number}"])
+            attributes = [
+                DataAttribute(y.tolist(), "targets", use_in_getitem=False),
+                DataAttribute([0] * len(y), "targets_task_labels", use_in_getitem=True),
+            ]
+            made.append(AvalancheDataset([TensorDataset(x, y)], data_attributes=attributes))
+    return with_classes_timeline(benchmark_from_datasets(train=made)).train_stream, x.shape[1]
+
+
+def strategy(method: str, width: int) -> Naive:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    memory = ClassBalancedBuffer(MEMORY, adaptive_size=False, total_num_classes=10)
+    plugins: dict[str, list[Any]] = {
+        "naive": [],
+        "replay": [ReplayPlugin(MEMORY, storage_policy=memory)],
+        "ewc": [EWCPlugin(STRENGTH)],
+        "ewc-online": [EWCPlugin(STRENGTH, mode="online", decay_factor=1.0)],
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
+    return Naive(
+        model=model,
+        optimizer=optimizer,
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=BATCH,
+        train_epochs=1,
+        plugins=plugins[method],
+        evaluator=EvaluationPlugin(),  # no metrics, no loggers
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    stream, width = experiences(sys.argv[1])
+    print(json.dumps({"torch": torch.__version__}), flush=True)
+    for line in sys.stdin:
+        made = strategy(line.strip(), width)
+        gc.collect()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for experience in stream:
+            made.train(experience, num_workers=0)
+        print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
