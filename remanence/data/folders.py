@@ -84,7 +84,7 @@ def images(
                 raise
             raise Corrupt(f"{name} cannot be read as {kind} ({error}); replace or remove it") from None
         if shape is not None and plain.size != shape[::-1]:
-            plain = plain.resize(shape[::-1], Image.Resampling.BILINEAR)
+            plain = plain.resize(shape, Image.Resampling.BILINEAR)
         values = np.asarray(plain)
         if x is None:
             channels, first = 1 if gray else 3, values.shape[:2]

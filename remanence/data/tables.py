@@ -232,7 +232,7 @@ def npz(
     if not made:
         raise BadInput(f"{path.name} has no arrays that could be columns")
     examples = Examples(made, source, ids)
-    pass
+    examples.check()
     return examples
 
 
