@@ -15,7 +15,8 @@ from remanence.core.errors import BadInput, Corrupt, UnknownName, nearest
 from remanence.data.examples import Examples
 from remanence.data.values import LIMIT, fits, watched
 
-_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".gif": "GIF", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM"}  # fmt: skip
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # no others are decoded, whatever a file is called
 
 
 def images(
@@ -61,15 +62,14 @@ def images(
     for number in watched(len(files), f"reading {source}"):
         name = files[number][1]
         path = root / name
-        kind = _KINDS.get(path.suffix.lower())
-        if kind is None:
-            raise BadInput(f"{name} is not known as an image ({', '.join(_KINDS)}); move it away or convert it")
+        if path.suffix.lower() not in _SUFFIXES:
+            raise BadInput(f"{name} is not known as an image ({', '.join(_SUFFIXES)}); move it away or convert it")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore"
                 )  # of bombs, as max_pixels has a limit of its own, and of damage, which is an error here
-                with Image.open(path, formats=[kind]) as image:
+                with Image.open(path, formats=_FORMATS) as image:
                     if image.width * image.height > max_pixels:
                         raise BadInput(
                             f"{name} has {image.width} x {image.height} pixels, more than max_pixels={max_pixels}; shrink it first"
@@ -82,9 +82,9 @@ def images(
         except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:  # what decoders raise
             if isinstance(error, BadInput):
                 raise
-            raise Corrupt(f"{name} cannot be read as {kind} ({error}); replace or remove it") from None
+            raise Corrupt(f"{name} cannot be read as an image ({error}); replace or remove it") from None
         if shape is not None and plain.size != shape[::-1]:
-            plain = plain.resize(shape, Image.Resampling.BILINEAR)
+            plain = plain.resize(shape[::-1], Image.Resampling.BILINEAR)
         values = np.asarray(plain)
         if x is None:
             channels, first = 1 if gray else 3, values.shape[:2]

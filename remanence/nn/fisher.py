@@ -319,7 +319,12 @@ def _by_hooks(
             handle.remove()
     if odd or any(module not in probes for module, _, _ in owners):
         return None
-    total = _zeros(params)
+    total: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        value = value.reshape(params[name].shape)
+        total[name] = total[name].to(_wide(value)) + value if name in total else value  # one term needs no wide sum
+
     taps = [probes[module] for module, _, _ in owners]
     for v in factors(logits):
         grads = torch.autograd.grad(logits, taps, v.reshape(logits.shape), retain_graph=True, allow_unused=True)
@@ -328,9 +333,9 @@ def _by_hooks(
                 if g is None:
                     continue
                 if weight_name is not None:
-                    total[weight_name] += _weight_squares(module, inputs[module], g).reshape(params[weight_name].shape)
+                    add(weight_name, _weight_squares(module, inputs[module], g))
                 if bias_name is not None:
-                    total[bias_name] += _per_channel(module, g).square().sum(dim=0).reshape(params[bias_name].shape)
+                    add(bias_name, _per_channel(module, g).square().sum(dim=0))
     return total
 
 
@@ -406,8 +411,12 @@ def _hooks_agree(
     if found is None:
         return False
     for name, gradient in zip(params, truth, strict=True):
-        square = torch.zeros_like(found[name]) if gradient is None else gradient.to(found[name].dtype).square()
-        if not bool(((found[name] - square).abs() <= 1e-3 * square + 1e-6 * square.max()).all()):
+        square = (
+            torch.zeros_like(params[name])
+            if gradient is None
+            else gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
+        )
+        if not bool(((found.get(name, 0.0) - square).abs() <= 1e-3 * square + 1e-6 * square.max()).all()):
             return False
     return True
 
@@ -438,10 +447,11 @@ def _rows(batch: Batch) -> int:
 
 def _zeros(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Float64 sums where the device has them."""
-    return {
-        n: torch.zeros(p.shape, dtype=torch.float32 if p.device.type == "mps" else torch.float64, device=p.device)
-        for n, p in params.items()
-    }
+    return {n: torch.zeros(p.shape, dtype=_wide(p), device=p.device) for n, p in params.items()}
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.float32 if value.device.type == "mps" else torch.float64
 
 
 def _mean(total: dict[str, Tensor], params: Mapping[str, Tensor], count: float) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -146,6 +147,19 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     np.save(bad, np.array([[1, np.nan], [2, 3], [np.inf, 0]], "f4"))
     with pytest.raises(BadInput, match="'x' has NaN or infinite values in 2 rows"):
         memmap(bad).check()
+
+
+def test_pieces_leave_no_row_out(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(3000, 1024)).astype("f4")  # 12 MB: pieces of 2048 and 952 rows
+    np.save(tmp_path / "x.npy", x)
+    digest = hashlib.sha256(np.arange(3000).tobytes() + b"|x|torch.float32(3000, 1024)" + x.tobytes()).hexdigest()
+    for examples in (memmap(tmp_path / "x.npy"), Examples({"x": torch.from_numpy(x)}, "memory")):
+        assert examples.fingerprint() == digest
+    x[[0, 900, 2047, 2048, 2999], [0, 7, 1023, 0, 1023]] = np.nan
+    np.save(tmp_path / "y.npy", x)
+    for examples in (memmap(tmp_path / "y.npy"), Examples({"x": torch.from_numpy(x)}, "memory")):
+        with pytest.raises(BadInput, match="in 5 rows"):
+            examples.check()
 
 
 def test_a_column_too_large_to_load_says_so(tmp_path: Path) -> None:

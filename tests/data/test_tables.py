@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextlib
 import csv as standard
 import subprocess
 import sys
@@ -43,6 +42,7 @@ def test_a_csv_round_trip_equals_a_naive_reading(tmp_path: Path) -> None:
     assert np.array_equal(chosen["x"].numpy(), x[:, [2, 0]]) and chosen.positional and chosen.source == "csv"
     with_bom = write(tmp_path / "b.csv", b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n"))
     assert csv(with_bom, label="y", id="key", columns=["who"]).fingerprint() == found.fingerprint()
+    assert csv(write(tmp_path / "d.csv", b"\xef\xbb\xbfy,a\n1,2\n"), label="y")["y"].tolist() == [1]
     semicolons = write(tmp_path / "c.csv", "a;y\n1.5;2\n\n-3e2; 1 \n")
     other = csv(semicolons, label="y", delimiter=";")
     assert other["x"].tolist() == [[1.5], [-300]] and other["y"].tolist() == [2, 1]

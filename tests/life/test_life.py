@@ -23,8 +23,8 @@ from remanence.life.life import Event, Life, Trace
 from remanence.life.run import run_plan
 from remanence.life.snapshots import weights_sha256
 from remanence.models import identity, mlp
-from remanence.train.roles import Keeper
-from remanence.train.update import Update
+from remanence.train.roles import Keeper, Metric
+from remanence.train.update import Context, Update
 from tests.life.helpers import FAST, REPLAY, again, bits, kinds, lived, network, of_class, stream, tree
 
 # -- names and signatures ---------------------------------------------------------------------------------------------
@@ -156,13 +156,26 @@ def test_events_tell_what_was_done(tmp_path: Path) -> None:
         assert lineage[1]["new"] == len(stream()[1].train) and 0 < lineage[1]["replayed"] <= 10
 
 
+@dataclass
+class Calls(Metric):
+    """Counts how often it was asked: a metric that remembers."""
+
+    def setup(self) -> None:
+        self.count = torch.zeros(1)
+
+    def value(self, c: Context) -> dict[str, float]:
+        self.count += 1
+        return {"calls": float(self.count)}
+
+
 def test_measuring_predicting_tracing_and_reporting_leave_no_trace(tmp_path: Path) -> None:
-    measure = ["accuracy", "forgetting", {"stability-gap": {"every": 2, "subset": 10}}]
+    measure = ["accuracy", "forgetting", {"stability-gap": {"every": 2, "subset": 10}}, Calls()]
     with lived(tmp_path, keep=[*REPLAY, "ewc"], measure=measure) as life:
         before, rows, rng = bits(life), kinds(life), torch.get_rng_state()
         flags = [m.training for m in life.model.modules()]
         one = life.measure()
         assert life.measure() == one and set(one["tasks"]) == {0, 1} and set(life.measure([1])["tasks"]) == {1}
+        assert one["calls"] == 3  # twice by the events, and now
         life.predict(stream()[0].test["x"])
         life.trace(stream()[0].train.ids)
         life.report()

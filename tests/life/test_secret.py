@@ -117,6 +117,18 @@ def test_a_class_mean_of_one_example_is_gone_too(tmp_path: Path) -> None:
     life.close()
 
 
+def test_references_that_are_kept_let_it_go_too(tmp_path: Path) -> None:
+    """Models retrained for an earlier request were trained on the secret, and their buffers hold it."""
+    folder = tmp_path / "references"
+    life = begun(tmp_path / "home", references=folder)
+    life.forget(Request(ids=stream()[0].train.id[:3]), by="ssd", verify={"retrain": {"seeds": 1}})
+    assert scan(folder, forms()) != set() and "references" in life.holders
+    receipt = life.forget(Request(ids=list(SECRET_IDS)), by="retrain")
+    assert scan(tmp_path, forms()) == set()
+    assert {state for name, state in receipt.states.items() if name.startswith("references/")} == {"deleted"}
+    life.close()
+
+
 @pytest.mark.parametrize("step", ["accept", "stage", "commit", "erase"])
 def test_killed_while_forgetting(step: str, tmp_path: Path) -> None:
     _killed(step, "retrain", tmp_path, times=1)
