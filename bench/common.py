@@ -108,7 +108,9 @@ def ratio_row(
     wall = ratio(over, under, "wall")[1]
     said = f"{seconds(over)[1] * 1e3:.1f} ms against {seconds(under)[1] * 1e3:.1f} ms; wall clock {wall:.2f}"
     met = None if limit is None else middle <= limit
-    return Row(what, on, middle, "x", f"at most {limit}" if limit else "", met, low, high, f"{said}{note and '; ' + note}")
+    return Row(
+        what, on, middle, "x", f"at most {limit}" if limit else "", met, low, high, f"{said}{note and '; ' + note}"
+    )
 
 
 def machine() -> dict[str, Any]:

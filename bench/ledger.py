@@ -109,7 +109,9 @@ def shares(on: str, stream: Stream, rounds: int) -> list[Row]:
         low, middle, high = quartiles([100 * part for part, _, _ in found])
         note = f"{found[0][2]} steps, {median(t for _, t, _ in found):.2f} s a life; {5 * (len(stream) == 5)} events"
         what = f"ledger, lineage and snapshots, {epochs} epoch{'s' * (epochs > 1)} per task"
-        rows.append(Row(what, on, middle, "%", "at most 2" if counts else "", middle <= 2 if counts else None, low, high, note))
+        rows.append(
+            Row(what, on, middle, "%", "at most 2" if counts else "", middle <= 2 if counts else None, low, high, note)
+        )
     return rows
 
 
@@ -135,7 +137,9 @@ def traces(rounds: int) -> list[Row]:
     wanted = Ids(np.concatenate([ids[:900], rng.integers(0, 2**62, 100)]))
     with TemporaryDirectory() as folder:
         model = seeded(0, lambda: MLP(2, (4,), 2, False, 0.0))
-        with Life(model, problem=PROBLEM.__class__(classes=[0, 1]), home=Path(folder) / "life", measure=["bytes"]) as life:
+        with Life(
+            model, problem=PROBLEM.__class__(classes=[0, 1]), home=Path(folder) / "life", measure=["bytes"]
+        ) as life:
             for number, part in enumerate(np.split(ids, 4)):
                 y = torch.arange(len(part)) % 2
                 data = Examples({"x": torch.ones(len(part), 2), "y": y}, f"rows-{number}", ids=torch.from_numpy(part))
@@ -154,7 +158,10 @@ def traces(rounds: int) -> list[Row]:
 def room() -> list[Row]:
     """10^8 dense ids in 20 events: each event takes the same range in, or a range of its own."""
     rows = []
-    for what, count in (("all in each of 20 events, the set shared", 20), ("a range of 5 x 10^6 in each of 20 events", 1)):
+    for what, count in (
+        ("all in each of 20 events, the set shared", 20),
+        ("a range of 5 x 10^6 in each of 20 events", 1),
+    ):
         with TemporaryDirectory() as folder:
             path = Path(folder) / "ledger.db"
             ledger = Ledger(path)
@@ -173,7 +180,17 @@ def room() -> list[Row]:
             took = time.perf_counter() - start
             ledger.close()
             size = sum(file.stat().st_size for file in Path(folder).iterdir()) / 1e6
-        rows.append(Row(f"10^8 dense ids, {what}", "ledger", size, "MB", "at most 50", size <= 50, note=f"written in {took:.1f} s"))
+        rows.append(
+            Row(
+                f"10^8 dense ids, {what}",
+                "ledger",
+                size,
+                "MB",
+                "at most 50",
+                size <= 50,
+                note=f"written in {took:.1f} s",
+            )
+        )
     return rows
 
 

@@ -214,7 +214,15 @@ def rows_of(on: str, stream: Stream, rounds: int) -> list[Row]:
     same(ends)
     found.append(ratio_row("loop, whole events, against the bare loop", on, t["ours"], t["bare"], 1.05))
     found.append(ratio_row("loop, steps alone, against the bare loop", on, loops(t["ours"]), loops(t["bare"])))
-    found.append(ratio_row("`Life.learn`, 5 events, against the bare loop", on, t["life"], t["bare"], note="measures, ledger and snapshots included"))
+    found.append(
+        ratio_row(
+            "`Life.learn`, 5 events, against the bare loop",
+            on,
+            t["life"],
+            t["bare"],
+            note="measures, ledger and snapshots included",
+        )
+    )
 
     sides = {"ours": ours(stream, REPLAY), "bare": bare(stream, "replay"), "uniform": bare(stream, "uniform")}
     t = interleave(sides, rounds)
@@ -224,13 +232,36 @@ def rows_of(on: str, stream: Stream, rounds: int) -> list[Row]:
     sides = {"ours": ours(stream, EWC, ends=ends), "ewc": bare(stream, "ewc", ends=ends), "bare": bare(stream)}
     t = interleave({**sides, "bare": bare(stream)}, rounds)
     same(ends)
-    found.append(ratio_row("EWC, steps of tasks 2 to 5, against bare steps without EWC", on, loops(t["ours"], 1), loops(t["bare"], 1), 1.25))
+    found.append(
+        ratio_row(
+            "EWC, steps of tasks 2 to 5, against bare steps without EWC",
+            on,
+            loops(t["ours"], 1),
+            loops(t["bare"], 1),
+            1.25,
+        )
+    )
     found.append(ratio_row("EWC, whole events with Fisher, against bare EWC", on, t["ours"], t["ewc"]))
     growth = [(per_task(t["ours"], at), per_task(t["bare"], at)) for at in (1, 4)]
     changes = [(a5.cpu / b5.cpu) / (a2.cpu / b2.cpu) for a2, b2, a5, b5 in zip(*growth[0], *growth[1], strict=True)]
     low, middle, high = quartiles(changes)
-    each = ", ".join(f"{quartiles([a.cpu / b.cpu for a, b in zip(per_task(t['ours'], at), per_task(t['bare'], at), strict=True)])[1]:.2f}" for at in range(5))
-    found.append(Row("EWC, a step in task 5 against one in task 2 (1 = constant)", on, middle, "x", "at most 1.1", middle <= 1.1, low, high, f"task by task, against bare: {each}"))
+    each = ", ".join(
+        f"{quartiles([a.cpu / b.cpu for a, b in zip(per_task(t['ours'], at), per_task(t['bare'], at), strict=True)])[1]:.2f}"
+        for at in range(5)
+    )
+    found.append(
+        Row(
+            "EWC, a step in task 5 against one in task 2 (1 = constant)",
+            on,
+            middle,
+            "x",
+            "at most 1.1",
+            middle <= 1.1,
+            low,
+            high,
+            f"task by task, against bare: {each}",
+        )
+    )
     return found
 
 
@@ -238,7 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    found = [row for on, stream in streams().items() for row in rows_of(on, stream, rounds * (3 if on == "digits" else 1))]
+    found = [
+        row for on, stream in streams().items() for row in rows_of(on, stream, rounds * (3 if on == "digits" else 1))
+    ]
     text = "MLP d-256-256-10, SGD, batch 64, 5 tasks of 2 classes, one epoch each. A bare loop gathers by index from whole tensors and keeps no books; it ends in the same bits as ours (replay: draws of the same kind)."
     save("loop", "The training loop", text, found, rounds=rounds, lr=LR, batch=BATCH)
 

@@ -511,11 +511,40 @@ def test_a_bar_is_drawn_on_a_terminal_and_wiped(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_compare_lives_variants_in_processes_of_their_own(tmp_path: Path, plan: Path) -> None:
-    answer = call("compare", plan, "--forget", "ssd, catastrophic", "--seeds", "1", "--references", "1", "--jobs", "2", "--home", tmp_path / "grid")
+    answer = call(
+        "compare",
+        plan,
+        "--forget",
+        "ssd, catastrophic",
+        "--seeds",
+        "1",
+        "--references",
+        "1",
+        "--jobs",
+        "2",
+        "--home",
+        tmp_path / "grid",
+    )
     assert answer.code == 0, answer.err
     assert "do nothing" in answer.out and "catastrophic" in answer.out and "comparison.html" in answer.out
-    assert {path.name for path in (tmp_path / "grid").glob("comparison.*")} == {f"comparison.{kind}" for kind in ("json", "csv", "md", "html")}
-    again = call("compare", plan, "--forget", "ssd, catastrophic", "--seeds", "1", "--references", "1", "--home", tmp_path / "grid", "--quiet")
+    assert {path.name for path in (tmp_path / "grid").glob("comparison.*")} == {
+        f"comparison.{kind}" for kind in ("json", "csv", "md", "html")
+    }
+    again = call(
+        "compare",
+        plan,
+        "--forget",
+        "ssd, catastrophic",
+        "--seeds",
+        "1",
+        "--references",
+        "1",
+        "--home",
+        tmp_path / "grid",
+        "--quiet",
+    )
     assert again.code == 0 and "do nothing" not in again.out
     wrong = call("compare", plan, "--forget", "sdd", "--home", tmp_path / "other")
-    assert (wrong.code, wrong.out) == (2, "") and "did you mean 'ssd'" in wrong.err and not (tmp_path / "other").exists()
+    assert (
+        (wrong.code, wrong.out) == (2, "") and "did you mean 'ssd'" in wrong.err and not (tmp_path / "other").exists()
+    )

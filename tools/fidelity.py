@@ -74,9 +74,15 @@ def _markers(path: Path) -> Iterator[Row]:
 def page(found: list[Row]) -> str:
     lines = []
     for row in found:
-        cells = [f"`{row.part}`", *(row.fields.get(field, "-") for field in FIELDS), f"`{row.test.removeprefix('tests/')}`"]
+        cells = [
+            f"`{row.part}`",
+            *(row.fields.get(field, "-") for field in FIELDS),
+            f"`{row.test.removeprefix('tests/')}`",
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    missing = [f"`{part.verb}/{part.slug}`" for part in PARTS if f"{part.verb}/{part.slug}" not in {row.part for row in found}]
+    missing = [
+        f"`{part.verb}/{part.slug}`" for part in PARTS if f"{part.verb}/{part.slug}" not in {row.part for row in found}
+    ]
     tail = f"\nUnverified: {', '.join(missing)}.\n" if missing else "\nEvery part of the catalogue has a row.\n"
     return HEAD + "\n".join(lines) + "\n" + tail
 

@@ -1,6 +1,6 @@
 """Ours and avalanche's loops side by side: two processes, asked in turn, each with its own clock.
 
-    make bench-peers        or    python -m bench.peers PYTHON_OF_THE_PEERS [--rounds 9]
+make bench-peers        or    python -m bench.peers PYTHON_OF_THE_PEERS [--rounds 9]
 """
 
 from __future__ import annotations

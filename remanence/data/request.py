@@ -21,6 +21,7 @@ COLUMNS = {
     "entities": "entity",
     "concepts": "concept",
     "client": "client",
+    "originals": "original",
 }
 
 
@@ -29,7 +30,8 @@ class Request:
     """What to forget: everything seen that matches any of the fields given.
 
     `ids` names examples; every other field names values of a column of the data: `classes` of ``y``, `documents` of
-    ``document``, `spans` of ``span``, `entities` of ``entity``, `concepts` of ``concept``, `client` of ``client``.
+    ``document``, `spans` of ``span``, `entities` of ``entity``, `concepts` of ``concept``, `client` of ``client``,
+    `originals` of ``original``: every transformed copy of these examples (see `data.permuted`).
     A request covers what was seen when it is accepted.
 
     Raises:
@@ -43,6 +45,7 @@ class Request:
     entities: Sequence[Any] | None = None
     concepts: Sequence[Any] | None = None
     client: Any = None
+    originals: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.ids is not None and not isinstance(self.ids, Ids):
@@ -62,7 +65,7 @@ class Request:
         for f in fields(self):
             value = getattr(self, f.name)
             if value is not None:
-                result[f.name] = [int(i) for i in value] if f.name in ("ids", "classes") else value
+                result[f.name] = [int(i) for i in value] if f.name in ("ids", "classes", "originals") else value
         return result
 
     def plain(self) -> str:
@@ -70,9 +73,11 @@ class Request:
         words = []
         if self.ids is not None:
             words.append(f"{len(self.ids)} given examples")
+        if self.originals is not None:
+            words.append(f"every copy of {len(self.originals)} examples")
         for name in COLUMNS:
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and name != "originals":
                 listed = [value] if name == "client" else list(value)
                 noun = (
                     {"classes": "class", "entities": "entity"}.get(name, name.removesuffix("s"))

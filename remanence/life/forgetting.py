@@ -16,6 +16,7 @@ from remanence.core.holder import STATES, Holder
 from remanence.core.ids import Ids
 from remanence.core.rng import seed_of
 from remanence.data import Examples, Request, cat
+from remanence.data.request import COLUMNS
 from remanence.life import receipts
 from remanence.life.evidence import Assessment, Assessor
 from remanence.life.files import canonical, empty, write_atomic
@@ -166,10 +167,7 @@ def seeds_of(verify: Any) -> int:
 def _resolve(life: Life, request: Request) -> tuple[Ids, Ids]:
     """What the request covers: ids that the life has consumed; and the ids asked for that it never has."""
     seen = [learned.task.train.only(learned.ids) for learned in life._learned if learned.task is not None]
-    if request.ids is not None and not any(
-        getattr(request, name) is not None
-        for name in ("classes", "documents", "spans", "entities", "concepts", "client")
-    ):
+    if request.ids is not None and not any(getattr(request, name) is not None for name in COLUMNS):
         return request.ids & life._books.touched, request.ids - life._books.touched
     if not seen:
         if life._learned:

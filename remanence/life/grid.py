@@ -15,6 +15,7 @@ from typing import Any
 from remanence import catalogue
 from remanence.core.errors import BadInput
 from remanence.core.part import Part
+from remanence.data.request import COLUMNS
 from remanence.life.files import canonical, sha256
 from remanence.life.plan import Forget, Plan, parse_plan
 from remanence.life.references import code_sha256
@@ -23,7 +24,7 @@ from remanence.life.yaml import parse
 Spec = dict[str, dict[str, Any]]
 AXES = ("learner", "keep", "where", "forget")
 _VERBS = {"learner": "learn"}
-_REQUEST = ("ids", "classes", "documents", "spans", "entities", "concepts", "client")
+_REQUEST = ("ids", *COLUMNS)
 #: What stands for a choice of the plan itself.
 AS_PLANNED = "as planned"
 

@@ -34,6 +34,7 @@ from pydantic_core import PydanticCustomError
 from remanence.core.errors import BadInput, PlanError, nearest
 from remanence.core.ids import Ids
 from remanence.data import Request
+from remanence.data.request import COLUMNS
 from remanence.life.yaml import Document, Place, parse, read, shown
 from remanence.train.settings import Settings
 
@@ -84,7 +85,7 @@ def _verify(value: Any) -> Any:
 
 #: What stands for the ids of a request that was redacted: ``ids: redacted``. Such an event has happened and cannot happen again.
 REDACTED = Ids()
-_LISTED = re.compile(r"""(\bids\s*:\s*)(\[[^\]]*\]|(?:\n\s*-\s*[\d"'-]+)+)""")
+_LISTED = re.compile(r"""(\b(?:ids|originals)\s*:\s*)(\[[^\]]*\]|(?:\n\s*-\s*[\d"'-]+)+)""")
 
 
 def without_ids(text: str, instead: str) -> str:
@@ -229,6 +230,7 @@ class Forget(_Part):
     entities: Words | None = None
     concepts: Words | None = None
     client: Annotated[Any, AfterValidator(_word)] = None
+    originals: list[int] | None = None
     by: Spec
     keep: Annotated[Specs, BeforeValidator(_no_null)] = []
     where: Specs | None = None
@@ -243,8 +245,7 @@ class Forget(_Part):
 
     def asked(self) -> dict[str, Any]:
         """The keyword arguments of `Request`."""
-        fields = ("ids", "classes", "documents", "spans", "entities", "concepts", "client")
-        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in ("ids", *COLUMNS) if getattr(self, name) is not None}
 
     def request(self) -> Request:
         """What to forget.
@@ -301,10 +302,20 @@ class Plan(_Part):
     where: Specs | None = None
     train: Train = Train()
     events: list[Event]
-    measure: Annotated[Specs, BeforeValidator(_no_null)] = [{"accuracy": {}}, {"forgetting": {}}, {"bytes": {}}]
+    measure: Annotated[Specs, BeforeValidator(_no_null)] = []
     device: Annotated[str, AfterValidator(_device)] | None = None
     home: Annotated[str, Field(min_length=1)] | None = None
     threads: Annotated[int | None, Field(ge=1, le=4096)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measures(cls, value: Any) -> Any:
+        """A regression has no forgetting to measure."""
+        if isinstance(value, dict) and "measure" not in value:
+            problem = value.get("problem")
+            regression = problem == "regression" or isinstance(problem, dict) and "regression" in problem
+            return {**value, "measure": ["accuracy", "bytes"] if regression else ["accuracy", "forgetting", "bytes"]}
+        return value
 
     _document: Document = PrivateAttr()
     _canonical: dict[str, Any] = PrivateAttr()

@@ -39,7 +39,10 @@ def build_stream(plan: Plan) -> Stream:
         PlanError: the function that the plan names gives no stream.
     """
     function, knobs = plan.factory("stream")
-    made = function(**knobs)
+    try:
+        made = function(**knobs)
+    except BadInput as error:
+        raise plan.error(("stream",), str(error)) from error
     if not isinstance(made, Stream):
         raise plan.error(("stream",), f"the function gave a {type(made).__name__}; a stream is a remanence.data.Stream")
     return made

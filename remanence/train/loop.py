@@ -193,7 +193,9 @@ class _Source:
                 index = order(u, index)
         flat = torch.cat(list(index)) if isinstance(index, list) else index
         if self.drive != "forget" and len(flat):
-            ids = self.data.id[flat] if orders and self.drive is None else self.data.id  # all of them: sorted already, mostly
+            ids = (
+                self.data.id[flat] if orders and self.drive is None else self.data.id
+            )  # all of them: sorted already, mostly
             u.consumed.epoch(ids, self.replay or u.kind == "forget")
         return index
 

@@ -182,8 +182,12 @@ class Update(Context):
         self.progress, self.life_step = progress, life_step
         self._data, self._retrain, self._history, self.checkpoint = data, retrain, history, checkpoint
         fresh = set(new_labels)
-        new, old = ([i for i, label in enumerate(self.labels) if (label in fresh) is wanted] for wanted in (True, False))
-        columns = (torch.tensor(found, dtype=torch.int64, device=device) for found in (range(len(self.labels)), new, old))
+        new, old = (
+            [i for i, label in enumerate(self.labels) if (label in fresh) is wanted] for wanted in (True, False)
+        )
+        columns = (
+            torch.tensor(found, dtype=torch.int64, device=device) for found in (range(len(self.labels)), new, old)
+        )
         self.classes = Classes(*columns)
         self.consumed, self.extra_bytes, self.steps_done, self.phase = Consumed(), 0, 0, ""
         self._shared: dict[str, Any] = {"reference": None, "initial": None, "phases": 0}

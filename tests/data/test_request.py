@@ -63,3 +63,18 @@ def test_words_and_json_say_what_was_asked_and_words_no_id() -> None:
     assert request.asked() == {"ids": [7, 12345], "classes": [3], "documents": ["a", "b"], "client": "Ann"}
     assert request.plain() == "2 given examples and class 3 and documents a, b and client Ann"
     assert "12345" not in request.plain()
+
+
+def test_originals_name_every_copy():
+    from remanence.data import digits, permuted
+
+    stream = permuted(digits(), tasks=3, seed=0)
+    wanted = [int(i) for i in stream[0].train["original"][:2]]
+    request = Request(originals=wanted)
+    found, unseen = request.resolve([task.train for task in stream])
+    assert (
+        not unseen
+        and len(found) == 6
+        and request.asked() == {"originals": wanted}
+        and request.plain() == "every copy of 2 examples"
+    )

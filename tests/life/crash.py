@@ -74,7 +74,13 @@ def live(plan: str, home: str, config: str, kill_at_sync: int | None, kill_at_st
 
 
 def attempt(
-    plan: Path, home: Path, config: Path, *, after: float | None = None, sync: int | None = None, step: str | None = None
+    plan: Path,
+    home: Path,
+    config: Path,
+    *,
+    after: float | None = None,
+    sync: int | None = None,
+    step: str | None = None,
 ) -> int:
     """Run `live` in a process; kill it `after` so many seconds, at flush number `sync`, or at `step`. Returns its exit status."""
     process = _context.Process(target=live, args=(str(plan), str(home), str(config), sync, step))

@@ -48,7 +48,9 @@ def test_an_equal_life_has_an_equal_digest(whole: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_after_a_step_of_a_request(step: str, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_after_a_step_of_a_request(
+    step: str, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, config, expected, _ = whole
     home = tmp_path / "home"
     assert attempt(plan, home, config, step=step) == KILLED  # in the first request
