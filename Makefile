@@ -1,8 +1,9 @@
-# make run | test | test-slow | lint | generated | clean        needs python3 (3.11 or newer), git and make; everything else goes into .venv
+# make run | test | test-slow | lint | generated | bench | bench-peers | clean        needs python3 (3.11 or newer), git and make; everything else goes into .venv
 #
 # VENV=path puts the environment elsewhere, PYTHON=python3.12 takes another interpreter, ARGS="..." goes to the command or to pytest.
 
 VENV ?= .venv
+PEERS ?= .venv-peers
 PYTHON ?= python3
 ARGS ?=
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find remanence -type f -not -name '*.pyc' 2>/dev/null)
 
-.PHONY: run test test-slow lint generated clean
+.PHONY: run test test-slow lint generated bench bench-peers clean
 
 run: $(VENV)/.user
 	@$(BIN)/remanence run examples/digits.yaml $(ARGS)
@@ -32,8 +33,19 @@ generated: $(VENV)/.dev
 	@$(BIN)/python tools/stubs.py
 	@$(BIN)/python tools/fidelity.py
 
+# Side-by-side benchmarks, on one thread; docs/bench.md is written from their results. The peers get an environment of their own.
+bench: $(VENV)/.dev
+	@$(BIN)/python -m bench.loop
+	@$(BIN)/python -m bench.ledger
+	@$(BIN)/python -m bench.vmap
+	@$(BIN)/python -m bench.table
+
+bench-peers: $(VENV)/.dev $(PEERS)/.done
+	@$(BIN)/python -m bench.peers $(PEERS)/bin/python
+	@$(BIN)/python -m bench.table
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -51,4 +63,10 @@ $(VENV)/.user: pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
 	@if [ $(VENV)/.dev -nt pyproject.toml ] && [ $(VENV)/.dev -nt constraints.txt ]; then :; else \
 		echo "Installing Remanence (about a minute the first time)" && $(PIP) .; \
 	fi
+	@touch $@
+
+$(PEERS)/.done: | $(BIN)/python
+	@echo "Making the environment $(PEERS) for the peers (about two minutes, 1.5 GB)"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check avalanche-lib==0.6.0 torch==2.13.0
 	@touch $@

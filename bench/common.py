@@ -167,7 +167,7 @@ def streams() -> dict[str, Stream]:
     found = {"digits": split_classes(digits(), tasks=5)}
     files = [MNIST / "t10k-images-idx3-ubyte.gz", MNIST / "t10k-labels-idx1-ubyte.gz"]
     if all(file.exists() for file in files):
-        examples = idx(*files, source="mnist")
+        examples = idx(files[0], files[1], "mnist")
         found["mnist"] = split_classes(examples.replace(x=examples["x"].flatten(1)), tasks=5, test_share=0.2)
     return found
 

@@ -33,7 +33,7 @@ from remanence.life.snapshots import Snapshots
 from remanence.models.small import MLP, seeded
 
 #: Epochs per task of the life whose share counts: about as many steps as five epochs of all 60,000 training images.
-EPOCHS = {"digits": 20, "mnist": 30}
+EPOCHS = {"digits": 20, "mnist": 37}
 BOOKS: list[tuple[Any, tuple[str, ...]]] = [
     (Ledger, ("rows", "get_current", "verify_chain", "__init__", "close")),
     (Transaction, ("append", "set_current", "get_current", "put_private")),

@@ -53,7 +53,7 @@ def ours(stream: Stream, keep: Any = (), ends: Ends | None = None) -> Side:
 
             def clock(u: Update) -> None:
                 phase = u.run
-                u.run = lambda: parts.append(timed(phase))  # type: ignore[method-assign]
+                u.run = lambda: parts.append(timed(phase))  # type: ignore[method-assign, assignment, misc]
 
             for number, task in enumerate(stream):
                 recipe = Recipe(number, SETTINGS)
@@ -164,7 +164,7 @@ def balanced(drawn: Tensor, y: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def steps_ewc(model: nn.Module, number: int, x: Tensor, y: Tensor, memory: Any) -> None:
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     optimizer = torch.optim.SGD(params, lr=LR, fused=True)
     for rows in order_of(number, len(x)).split(BATCH):
         optimizer.zero_grad()
@@ -173,7 +173,7 @@ def steps_ewc(model: nn.Module, number: int, x: Tensor, y: Tensor, memory: Any) 
             with torch.no_grad():
                 away = torch._foreach_sub(params, memory[0])
                 torch._foreach_mul_(away, STRENGTH)
-                torch._foreach_addcmul_([p.grad for p in params], away, memory[1])
+                torch._foreach_addcmul_([p.grad for p in params], away, memory[1])  # type: ignore[misc]
         optimizer.step()
 
 

@@ -31,13 +31,13 @@ def _without_torchvision(op: Any, *args: Any, **kwargs: Any) -> Any:
     return _register_fake(op, *args, **kwargs)
 
 
-torch.library.register_fake = _without_torchvision  # type: ignore[assignment]
+torch.library.register_fake = _without_torchvision
 warnings.filterwarnings("ignore")
 
 from avalanche.benchmarks import benchmark_from_datasets  # noqa: E402
 from avalanche.benchmarks.scenarios.supervised import with_classes_timeline  # noqa: E402
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute  # noqa: E402
-from avalanche.training.plugins import EWCPlugin, EvaluationPlugin, ReplayPlugin  # noqa: E402
+from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, ReplayPlugin  # noqa: E402
 from avalanche.training.storage_policy import ClassBalancedBuffer  # noqa: E402
 from avalanche.training.supervised import Naive  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402

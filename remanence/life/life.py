@@ -208,6 +208,7 @@ class Life:
         self.device = (
             torch.device(device) if device is not None else (first.device if first is not None else torch.device("cpu"))
         )
+        _check_device(self.device)
         self._blank = copy.deepcopy(built).cpu()
         self._keep_specs = [keeper.spec() for keeper in resolve_all("keep", keep, Keeper)]
         self._learner_spec = resolve("learn", learner or "finetune", Learner).spec()
@@ -463,6 +464,10 @@ class Life:
         carry: bool = False,
         clip: float | None = None,
         accumulate: int = 1,
+        precision: str = "float32",
+        compile: bool = False,
+        patience: int | None = None,
+        validation: float = 0.1,
         snapshot_every: int | None = None,
         allow_forgotten: bool = False,
     ) -> Event:
@@ -470,7 +475,7 @@ class Life:
 
         Args:
             task: what to learn, with held-out data; bare `Examples` are measured on themselves.
-            epochs, batch_size, optimizer, lr, schedule, clip, accumulate: see `Settings`.
+            epochs, batch_size, optimizer, lr, schedule, clip, accumulate, precision, compile, patience, validation: see `Settings`.
             learner, keep, where: for this event only, in place of the life's; ``[]`` is none. Given by name or knobs they
                 are built anew and not kept after the event.
             carry: begin with the optimizer state of the event before.
@@ -483,7 +488,9 @@ class Life:
             EventFailed: a loss became NaN or infinite; the life is as it was.
         """
         self._writable()
-        settings = Settings(epochs, batch_size, optimizer, lr, schedule, clip, accumulate)
+        settings = Settings(
+            epochs, batch_size, optimizer, lr, schedule, clip, accumulate, precision, compile, patience, validation
+        )
         task = _as_task(task, max([len(self._learned), *(item.about["id"] + 1 for item in self._learned)]))
         recipe = Recipe(
             ordinal=len(self._learned),
@@ -965,6 +972,12 @@ class Life:
 
         write_atomic(self.home / name, data, work=self.home / "work")
         return self.home / name
+
+
+def _check_device(device: torch.device) -> None:
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
+    if there is not None and not there():
+        raise BadInput(f"device={str(device)!r}: torch finds no such device here; use 'cpu', or a torch built for it")
 
 
 def apply_row(books: Books, row: Row, ids_of: Callable[[str], Ids]) -> None:

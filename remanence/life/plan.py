@@ -190,11 +190,19 @@ class Train(_Part):
     schedule: Spec | None = None
     clip: Annotated[float | None, BeforeValidator(_null_word)] = None
     accumulate: int | None = None
+    precision: str | None = None
+    compile: bool | None = None
+    patience: Annotated[int | None, BeforeValidator(_null_word)] = None
+    validation: float | None = None
 
     def given(self) -> dict[str, Any]:
-        """The settings named here. A `clip` of null is one: it turns clipping off."""
+        """The settings named here. A null of `clip` or `patience` is one: it turns them off."""
         fields = [name for name in Train.model_fields if name in self.model_fields_set]
-        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None or name == "clip"}
+        return {
+            name: getattr(self, name)
+            for name in fields
+            if getattr(self, name) is not None or name in ("clip", "patience")
+        }
 
 
 class Learn(Train):
@@ -230,7 +238,7 @@ class Forget(_Part):
     entities: Words | None = None
     concepts: Words | None = None
     client: Annotated[Any, AfterValidator(_word)] = None
-    originals: list[int] | None = None
+    originals: Annotated[Ids, PlainValidator(_ids), PlainSerializer(_runs)] | None = None
     by: Spec
     keep: Annotated[Specs, BeforeValidator(_no_null)] = []
     where: Specs | None = None
@@ -245,7 +253,13 @@ class Forget(_Part):
 
     def asked(self) -> dict[str, Any]:
         """The keyword arguments of `Request`."""
-        return {name: getattr(self, name) for name in ("ids", *COLUMNS) if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in ("ids", *COLUMNS) if getattr(self, name) is not None}
+        return {name: list(value) if name == "originals" else value for name, value in given.items()}
+
+    @property
+    def redacted(self) -> bool:
+        """Whether the ids were taken out after the request was carried out."""
+        return self.ids is REDACTED or self.originals is REDACTED
 
     def request(self) -> Request:
         """What to forget.

@@ -16,7 +16,7 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from remanence import catalogue
 from remanence.core.errors import BadInput, UnknownName, nearest
 from remanence.core.problem import PROBLEMS, problem_of
-from remanence.life.plan import REDACTED, Forget, Learn, Plan, Problems, _defaults, _function, _runs
+from remanence.life.plan import Forget, Learn, Plan, Problems, _defaults, _function, _runs
 from remanence.life.yaml import Document, Place, shown
 from remanence.train.resolve import check_keepers
 from remanence.train.roles import Forgetter, Keeper, Learner, Method, Metric, Where
@@ -120,7 +120,7 @@ class _Check:
 
     def forget(self, place: Place, event: Forget) -> dict[str, Any]:
         try:
-            if event.ids is not REDACTED:
+            if not event.redacted:
                 event.request()
         except BadInput as error:
             self.problems.add(place, str(error), key=True)
@@ -134,8 +134,9 @@ class _Check:
             ((schedule, knobs),) = defaults["schedule"].items()
             defaults["schedule"] = self.schedule(schedule, knobs or {})
         return {
-            **{name: value for name, value in event.asked().items() if name != "ids"},
+            **{name: value for name, value in event.asked().items() if name not in ("ids", "originals")},
             **({} if event.ids is None else {"ids": _runs(event.ids)}),
+            **({} if event.originals is None else {"originals": _runs(event.originals)}),
             "by": by,
             "keep": self.methods("keep", (*place, "keep"), event.keep),
             "where": self.methods("where", (*place, "where"), event.where),

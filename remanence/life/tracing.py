@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from remanence.core.holder import STATES
@@ -50,6 +51,10 @@ def _snapshots(life: Life, ids: Ids) -> list[Trace]:
     """Saved states still on disk, each with what the weights held when it was made."""
     from remanence.life.life import Trace, apply_row
 
+    @functools.cache
+    def mine_in(digest: str) -> Ids:
+        return life._ledger.lineage.intersect(digest, ids)  # ids are traced one by one: the others need not be read
+
     rows: list[Trace] = []
     entries = life._ledger.get_current("snapshots", [])
     for entry in entries:
@@ -58,7 +63,7 @@ def _snapshots(life: Life, ids: Ids) -> list[Trace]:
         books = Books()
         for row in life._rows:
             if row.body["event"] <= entry["event"]:
-                apply_row(books, row, life._ids)
+                apply_row(books, row, mine_in)
         for found, state, why in books.weights(ids):
             rows.append(
                 Trace(

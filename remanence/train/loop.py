@@ -14,7 +14,9 @@ from remanence.core.problem import Batch
 from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Request
 from remanence.nn.masks import Restore
+from remanence.train.forward import Forward
 from remanence.train.roles import Forgetter, Learner, Outcome
+from remanence.train.stopping import Stopping
 from remanence.train.update import Consumed, Update, _cuda, hooks
 
 _CHUNK = 16  # batches gathered at a time; each batch is then a slice
@@ -74,6 +76,8 @@ def loop(
             _limit(u, params, trainable, mask)
             u._parameters = {name: p for name, p in params.items() if p.requires_grad}
             u.prepare_optimizers()
+            if u.settings.precision != "float32" or u.settings.compile:
+                u._forward = Forward(u.model, u.device, u.settings.precision, u.settings.compile)
             source = _Source(u, drive, data, replay)
             u.total = source.steps() * u.settings.epochs
             start = u.resume_at
@@ -113,6 +117,10 @@ def loop(
                         u.checkpoint(u, source, index, count)
                     if not u._pending:
                         u.drop_gradients()
+                if u._stopping is not None and u._stopping.over(u):
+                    break
+            if u._stopping is not None:
+                u._stopping.restore(u)
             u.watch(last=True)
             if u._restore is not None:  # `prepare` may have moved masked entries before batches without a step
                 u._restore.restore()
@@ -161,6 +169,8 @@ class _Source:
         self.size = u.settings.batch_size
         if drive is None:
             self.data = data if data is not None else u.data("task")
+            if u.settings.patience is not None:
+                u._stopping, self.data = Stopping.split(u, self.data)
         else:
             self.data, self.other = u.data("retain"), u.data("forget")
             if drive in ("retain", "mixed", "sequence") and not len(self.data):
@@ -283,6 +293,8 @@ def position(u: Update, index: Any, batches: int) -> dict[str, Any]:
         "phases": u._shared["phases"],
         "lr": u.lr,
         "features": u._features,
+        "stopping": u._stopping.state_dict() if u._stopping is not None else None,
+        "scaler": u._forward.scaler.state_dict() if u._forward is not None and u._forward.scaler is not None else None,
         "grads": {name: p.grad for name, p in u.parameters.items() if p.grad is not None} if u._pending else {},
         "optimizers": {name: _plain_state(optimizer) for name, optimizer in u.optimizers.items()},
         "rngs": {f"{name}\x1f{epoch}": rng.get_state() for (name, epoch), rng in u._rngs.items()},
@@ -303,6 +315,10 @@ def _restore(u: Update, at: Mapping[str, Any]) -> None:
 
     u.step, u._pending, u.lr, u.steps_done = at["step"], at["pending"], at["lr"], at["steps_done"]
     u._features = at["features"]  # else the first batch is forwarded twice, and dropout drawn twice
+    if u._stopping is not None:
+        u._stopping.load_state_dict(at["stopping"])
+    if u._forward is not None and u._forward.scaler is not None:
+        u._forward.scaler.load_state_dict(at["scaler"])
     for name, optimizer in u.optimizers.items():
         saved = at["optimizers"][name]
         optimizer.load_state_dict(

@@ -65,7 +65,33 @@ class Linear(Schedule):
         return 1 - (1 - self.final) * _share(self, step, total)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "cosine": Cosine, "linear": Linear}
+@dataclass
+class OneCycle(Schedule):
+    """Up from `start` to 1 over a share `rise` of the steps, then down to ``start * final``, both along half a cosine.
+
+    Smith & Topin 2018, "Super-Convergence", arXiv 1708.07120; as torch's `OneCycleLR`, without its cycle of the momentum. The base
+    rate is the highest.
+    """
+
+    rise: float = knob(0.3, "share of the steps in which the rate rises", low=0, high=1)
+    start: float = knob(0.04, "factor at the beginning", low=0, high=1)
+    final: float = knob(1e-4, "factor at the end, of the one at the beginning", low=0, high=1)
+
+    def factor(self, step: int, total: int | None, life_step: int) -> float:
+        if total is None:
+            raise BadInput("one-cycle needs to know the number of steps; use 'constant' for an endless stream")
+        top, last = self.rise * total - 1, max(1, total - 1)
+        if step <= top:
+            return _between(self.start, 1.0, step / top if top > 0 else 1.0)
+        return _between(1.0, self.start * self.final, min(1.0, (step - top) / max(1e-12, last - top)))
+
+
+def _between(first: float, second: float, share: float) -> float:
+    """Along half a cosine, from `first` at 0 to `second` at 1."""
+    return second + (first - second) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "cosine": Cosine, "linear": Linear, "one-cycle": OneCycle}
 
 
 def schedule_of(value: Any) -> Schedule:

@@ -12,6 +12,7 @@ import torch
 
 from remanence.core.errors import BadInput, UnknownName, nearest
 from remanence.core.knobs import check_knobs, knob
+from remanence.train.forward import PRECISIONS
 from remanence.train.schedules import schedule_of
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -32,6 +33,14 @@ class Settings:
     schedule: Any = knob("constant", "constant, cosine, linear or {name: knobs}")
     clip: float | None = knob(None, "largest norm of the whole gradient", low=0)
     accumulate: int = knob(1, "batches per optimizer step", low=1)
+    precision: str = knob("float32", "of the forward; weights stay in float32", choices=tuple(PRECISIONS))
+    compile: bool = knob(False, "whether torch compiles the forward: slow to begin, for large networks")
+    patience: int | None = knob(
+        None, "epochs without a lower validation loss after which training stops; null: never", low=1
+    )
+    validation: float = knob(
+        0.1, "share of the task's rows that `patience` looks at, and that are not trained on", low=0, high=1
+    )
 
     def __post_init__(self) -> None:
         check_knobs(self)
@@ -49,7 +58,7 @@ class Settings:
         if name not in OPTIMIZERS:
             raise UnknownName(f"no optimizer is called {name!r}{nearest(str(name), OPTIMIZERS)}")
         cls, given = OPTIMIZERS[name], dict(given or {})
-        valid = _arguments(cls)
+        valid = _arguments(cls)  # type: ignore[arg-type]  # classes are hashable
         for key in given:
             if key not in valid:
                 raise UnknownName(f"{name} has no argument {key!r}{nearest(str(key), valid)}")
@@ -60,5 +69,5 @@ class Settings:
 
 
 @functools.cache
-def _arguments(cls: type[torch.optim.Optimizer]) -> list[str]:
+def _arguments(cls: Any) -> list[str]:
     return [name for name in inspect.signature(cls).parameters if name != "params"]

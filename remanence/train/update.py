@@ -19,9 +19,11 @@ from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Task
 from remanence.nn.anatomy import evaluating, head, module_bytes
 from remanence.nn.masks import Restore
+from remanence.train.forward import Forward
 from remanence.train.roles import HOOKS, Method, Owner, Step
 from remanence.train.schedules import Constant, schedule_of
 from remanence.train.settings import Settings
+from remanence.train.stopping import Stopping
 
 Progress = Callable[["Update", float], None]
 DRIVES = ("retain", "forget", "sequence", "mixed")
@@ -211,6 +213,8 @@ class Update(Context):
         self._losses: list[tuple[int, Tensor]] = []
         self._pending, self._next_report = 0, 0.0
         self._moving: list[nn.Parameter] = []  # what the optimizers hold
+        self._forward: Forward | None = None  # None: plain
+        self._stopping: Stopping | None = None
         self._restore: Restore | None = None
         self._before: list[Tensor] = []
         self._parameters: dict[str, nn.Parameter] | None = None  # looked up once per loop, in which they are fixed
@@ -252,7 +256,11 @@ class Update(Context):
         if known is not None and not (features and known[1].features is None):
             return known[1]
         self._features = self._features or features
-        made = self.problem.forward(self.model, batch, head(self.model) if self._features else None)
+        wanted = head(self.model) if self._features else None
+        if self._forward is None:
+            made = self.problem.forward(self.model, batch, wanted)
+        else:
+            made = self._forward(self.problem, self.model, batch, wanted)
         self._outs[id(batch)] = (batch, made)
         return made
 
@@ -349,6 +357,8 @@ class Update(Context):
             raise BadInput(f"drive={drive!r} is not one of {', '.join(DRIVES)}")
         phase = copy.copy(self)
         self.resume_at = None
+        if self.epoch >= 0 or self._shared["phases"]:
+            settings = {"patience": None, **settings}  # a nested phase is as long as its part says
         phase.settings = replace(self.settings, **settings) if settings else self.settings
         phase.parts = self.parts if parts is None else list(parts)
         self._shared["phases"] += 1
@@ -378,7 +388,7 @@ class Update(Context):
         self._shared["phases"] += 1
         phase = copy.copy(self)
         phase.model, phase.owner, phase.parts, phase.metrics, phase.checkpoint = module, Fit(), [], [], None
-        phase.settings = replace(self.settings, **settings)
+        phase.settings = replace(self.settings, **{"patience": None, **settings})
         phase.phase = f"{self.phase}/{self._shared['phases']}"
         phase._fresh()
         loop(phase, None, data, None, None, False)
@@ -454,10 +464,22 @@ class Update(Context):
         if not self._pending:
             self.drop_gradients()
         every = self.settings.accumulate
-        (loss if every == 1 else loss / every).backward()
+        share = loss if every == 1 else loss / every
+        if self._forward is None:
+            share.backward()
+        else:
+            self._forward.backward(share)
         self._losses.append((self.step, loss.detach()))
         self._pending = (self._pending + 1) % every
-        return self._pending == 0
+        if self._pending:
+            return False
+        if self._forward is not None:
+            self._forward.unscale(self._stepping(step))
+        return True
+
+    def _stepping(self, step: Step) -> list[torch.optim.Optimizer]:
+        """The optimizers that this step moves."""
+        return [optimizer for name, optimizer in self.optimizers.items() if step.by is None or step.by == name]
 
     def drop_gradients(self) -> None:
         """As the optimizers' ``zero_grad``. Done before a forward, its activations take the memory while it is warm."""
@@ -473,9 +495,11 @@ class Update(Context):
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * factor
         self.before_step(projections)
-        for name, optimizer in self.optimizers.items():
-            if step.by is None or step.by == name:
+        if self._forward is None:
+            for optimizer in self._stepping(step):
                 optimizer.step()
+        else:
+            self._forward.step(self._stepping(step))
         self.after_step(projections)
 
     def before_step(self, projections: Sequence[Any]) -> None:

@@ -108,6 +108,10 @@ def test_options_are_the_arguments_of_the_life() -> None:
         "schedule": {"cosine": {"warmup": 2}},
         "clip": None,
         "accumulate": 2,
+        "precision": "float32",
+        "compile": False,
+        "patience": None,
+        "validation": 0.1,
     }
 
 

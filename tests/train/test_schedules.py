@@ -6,10 +6,11 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
 from remanence.core.errors import BadInput, UnknownName
 from remanence.train.roles import Learner
-from remanence.train.schedules import SCHEDULES, Constant, Cosine, Linear, schedule_of
+from remanence.train.schedules import SCHEDULES, Constant, Cosine, Linear, OneCycle, schedule_of
 from tests.train.helpers import blobs, network, update
 
 
@@ -33,6 +34,36 @@ def test_warm_up_rises_to_one_then_the_rest_of_the_way_falls(kind: type) -> None
     assert schedule.factor(12, 20, 0) == pytest.approx(0.6)  # half-way
 
 
+@pytest.mark.parametrize(
+    "total, rise, start, final", [(40, 0.3, 0.04, 1e-4), (7, 0.5, 0.1, 0.01), (100, 0.1, 0.5, 1.0)]
+)
+def test_one_cycle_is_torchs(total: int, rise: float, start: float, final: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        1.0,
+        total_steps=total,
+        pct_start=rise,
+        div_factor=1 / start,
+        final_div_factor=1 / final,
+        cycle_momentum=False,
+    )
+    for step in range(total):
+        assert OneCycle(rise, start, final).factor(step, total, 0) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-9
+        ), step
+        optimizer.step()
+        if step < total - 1:
+            theirs.step()
+
+
+def test_one_cycle_needs_a_total_and_bears_short_runs() -> None:
+    with pytest.raises(BadInput, match="number of steps"):
+        OneCycle().factor(0, None, 0)
+    for total in (1, 2, 3):
+        assert all(0 <= OneCycle().factor(step, total, 0) <= 1 for step in range(total + 2))
+
+
 def test_the_loop_counts_steps_and_their_total() -> None:
     class Watches(Learner):
         def steps(self, u, batch):  # type: ignore[no-untyped-def]
@@ -48,7 +79,7 @@ def test_the_loop_counts_steps_and_their_total() -> None:
 def test_resolving() -> None:
     assert schedule_of("cosine") == Cosine() and schedule_of({"linear": {"warmup": 2}}) == Linear(warmup=2)
     assert schedule_of({"cosine": None}) == Cosine() and schedule_of(kept := Linear()) is kept
-    assert set(SCHEDULES) == {"constant", "cosine", "linear"}
+    assert set(SCHEDULES) == {"constant", "cosine", "linear", "one-cycle"}
     with pytest.raises(UnknownName, match="did you mean 'cosine'"):
         schedule_of("cosin")
     with pytest.raises(UnknownName, match="did you mean 'warmup'"):
