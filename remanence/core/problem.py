@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -60,6 +60,10 @@ class Problem:
     def score(self, out: Out, batch: Batch, classes: Tensor | None = None) -> dict[str, Tensor]:
         """Per-example figures (B,) whose means describe how right the model is."""
         raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """``{name: knobs}``, from which `problem_of` builds an equal one."""
+        return {type(self).__name__.lower(): {f.name: getattr(self, f.name) for f in fields(self)}}
 
 
 @dataclass

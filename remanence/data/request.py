@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Request:
     entities: Sequence[Any] | None = None
     concepts: Sequence[Any] | None = None
     client: Any = None
-    originals: Sequence[int] | None = None
+    originals: Sequence[int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.ids is not None and not isinstance(self.ids, Ids):

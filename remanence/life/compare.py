@@ -23,6 +23,7 @@ from remanence.life.files import canonical, plain_errors, write_atomic
 from remanence.life.grid import AXES, Cell, Group, choices, expand, groups, prefix_text
 from remanence.life.home import begun
 from remanence.life.plan import load_plan
+from remanence.life.surroundings import versions
 from remanence.measure.evidence import compare_distances, interval
 
 __all__ = ["collect", "compare"]
@@ -69,7 +70,6 @@ def compare(
         PlanError, BadInput: the plan or an alternative cannot be used; nothing ran.
         Refused: the folder holds the comparison of another plan.
     """
-    from remanence.life.life import versions
     from remanence.life.run import build_stream
 
     plan = load_plan(Path(path), allow_code=allow_code)

@@ -109,7 +109,7 @@ def learn_event(
 def _new_labels(state: State, task: Task, problem: Problem) -> list[int]:
     if not isinstance(problem, Classification):
         return []
-    present = [int(label) for label in task.train["y"].unique()]
+    present = [int(label) for label in task.train["y"].unique().tolist()]
     order = [label for label in task.classes if label in present] + [
         label for label in present if label not in task.classes
     ]

@@ -21,6 +21,7 @@ from remanence.life import receipts
 from remanence.life.evidence import Assessment, Assessor
 from remanence.life.files import canonical, empty, write_atomic
 from remanence.life.ledger import Row, commit
+from remanence.life.references import live_again
 from remanence.life.snapshots import weights_sha256
 from remanence.life.state import state_bytes
 from remanence.train.loop import forget as forget_run
@@ -349,7 +350,7 @@ def _work(life: Life, asked: _Asked) -> _Work:
     _limit(asked, before["figures"], after["figures"])
     answers, clock = [], time.perf_counter()
     for k in range(asked.seeds):
-        answers.append(assessor.answers(life._live_again(gone, reference_seed(life.seed, k))))
+        answers.append(assessor.answers(live_again(life, gone, reference_seed(life.seed, k))))
     seconds["references"] = time.perf_counter() - clock
     assessment = assessor.assess(before, after, answers)
     slug = asked.by.slug
@@ -396,7 +397,7 @@ def _run(
             kind=kind,
             progress=life._progress,
             life_step=state.steps,
-            retrain=lambda ids, seed: life._live_again(gone | ids, seed).model,
+            retrain=lambda ids, seed: live_again(life, gone | ids, seed).model,
             history=lambda: list(retained),
         )
 

@@ -2,98 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import json
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from remanence import catalogue
 from remanence.core.errors import (
     BadInput,
     Corrupt,
     DataChanged,
     Drift,
-    EventFailed,
     NotFinite,
     Refused,
     RemanenceError,
-    StorageError,
 )
 from remanence.core.ids import Ids
 from remanence.core.problem import Classification, Problem, problem_of
 from remanence.data import Examples, Request, Stream, Task
+from remanence.life import learning
 from remanence.life.books import Books
-from remanence.life.events import Recipe, learn_event, without
-from remanence.life.files import canonical, empty, plain_errors
+from remanence.life.events import Recipe, without
+from remanence.life.files import empty, plain_errors
 from remanence.life.ledger import Ledger, Row
 from remanence.life.lock import Lock
-from remanence.life.references import References, code_sha256
+from remanence.life.record import Event, Learned, Trace, apply_row
+from remanence.life.references import References, kept_bytes
 from remanence.life.snapshots import Snapshots, weights_sha256
 from remanence.life.state import State, state_bytes
-from remanence.train.loop import position
+from remanence.life.surroundings import check_device, versions
 from remanence.train.resolve import check_keepers, resolve, resolve_all
 from remanence.train.roles import Keeper, Learner, Method, Metric, Where
 from remanence.train.settings import Settings
-from remanence.train.update import Consumed, Context, Progress, Update
+from remanence.train.update import Context, Progress
 
 MEASURES = ("accuracy", "forgetting", "bytes")
 EVENTS = ("learn", "forget")  # kinds of rows that are events of the life
-
-
-@dataclass(frozen=True)
-class Event:
-    """What became of one event."""
-
-    number: int
-    kind: str
-    label: str
-    status: str
-    measures: dict[str, float]
-    accuracy: dict[int, float]
-    steps: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Where `ids` live: a holder, what became of them there (`state`), through which `inputs`, and why."""
-
-    holder: str
-    ids: Ids
-    state: str
-    inputs: tuple[str, ...]
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.holder}: {len(self.ids)} {self.state} ({self.reason})"
-
-
-@dataclass
-class Learned:
-    """A learn event as the life remembers it: how, from which task (None: its data cannot be reached) and which ids."""
-
-    recipe: Recipe
-    task: Task | None
-    ids: Ids
-    about: dict[str, Any]
-
-    def retained(self, gone: Ids) -> Task | None:
-        """The task with the rows consumed then that are not in `gone`; None where nothing is left or reachable."""
-        if self.task is None:
-            return None
-        kept = without(self.task, self.task.train.ids - (self.ids - gone))
-        return kept if len(kept.train) else None
 
 
 class Life:
@@ -161,7 +112,7 @@ class Life:
             body = {
                 "name": name or (self.home.name if home is not None else "life"),
                 "seed": seed,
-                "problem": _spec(self.problem),
+                "problem": self.problem.spec(),
                 "learner": self._state.learner.spec(),
                 "keep": [keeper.spec() for keeper in self._state.keepers],
                 "where": self._where,
@@ -208,7 +159,7 @@ class Life:
         self.device = (
             torch.device(device) if device is not None else (first.device if first is not None else torch.device("cpu"))
         )
-        _check_device(self.device)
+        check_device(self.device)
         self._blank = copy.deepcopy(built).cpu()
         self._keep_specs = [keeper.spec() for keeper in resolve_all("keep", keep, Keeper)]
         self._learner_spec = resolve("learn", learner or "finetune", Learner).spec()
@@ -317,7 +268,7 @@ class Life:
                 )
             life._check_drift(allow_drift)
             for task in data if data is not None else ():
-                made = _as_task(task, -1)
+                made = learning.as_task(task, -1)
                 life._given[made.fingerprint()] = made
             life._replay_rows()
             life._load_current()
@@ -435,7 +386,7 @@ class Life:
     @property
     def holders(self) -> dict[str, Any]:
         """Everything in the life that remembers, by name, with its bytes."""
-        return {**state_bytes(self._state), "snapshots": self._snapshot_bytes(), **self._reference_bytes()}
+        return {**state_bytes(self._state), "snapshots": self._snapshot_bytes(), **kept_bytes(self)}
 
     @property
     def events(self) -> list[Event]:
@@ -487,189 +438,21 @@ class Life:
             Refused: nothing is left to learn.
             EventFailed: a loss became NaN or infinite; the life is as it was.
         """
-        self._writable()
         settings = Settings(
             epochs, batch_size, optimizer, lr, schedule, clip, accumulate, precision, compile, patience, validation
         )
-        task = _as_task(task, max([len(self._learned), *(item.about["id"] + 1 for item in self._learned)]))
-        recipe = Recipe(
-            ordinal=len(self._learned),
-            settings={name: getattr(settings, name) for name in settings.__dataclass_fields__},
-            learner=None if learner is None else resolve("learn", learner, Learner).spec(),
-            keep=None if keep is None else [keeper.spec() for keeper in resolve_all("keep", keep, Keeper)],
-            where=self._where if where is None else [w.spec() for w in resolve_all("where", where, Where)],
-            carry=carry,
-        )
-        if keep is not None:
-            check_keepers(resolve_all("keep", recipe.keep, Keeper))
-        canonical(recipe.as_json())  # refuses what cannot be written down
-        self._check_task(task)
-        fingerprint = task.fingerprint()
-        self._given[fingerprint] = task
-        gone = task.train.ids & self._books.tombstones
-        if gone and not allow_forgotten:
-            if len(gone) == len(task.train):
-                raise Refused(
-                    "all of these examples were forgotten on request; learning them again must be asked for: allow_forgotten=True"
-                )
-            task = without(task, gone)
-        label = f"learn task {task.id}"
-        with self._ledger.begin() as tx:
-            tx.append("attempt", {"kind": "learn", "label": label}, {"at": time.time()})
-        start = time.perf_counter()
-        try:
-            u, consumed = self._learn(task, recipe, snapshot_every)
-            self._finite()
-            measured = self._measured([*self._learned, Learned(recipe, task, consumed.new, {"id": task.id})])
-            row = self._commit_learn(
-                task,
-                fingerprint,
-                recipe,
-                u,
-                consumed,
-                measured,
-                len(gone) if not allow_forgotten else 0,
-                time.perf_counter() - start,
-            )
-        except BaseException as error:
-            self._roll_back(error, label)
-            if isinstance(error, NotFinite):
-                raise EventFailed(f"{label} failed and the life is as it was before: {error}") from error
-            raise
-        with contextlib.suppress(StorageError):  # what is left of older snapshots is swept again at the next open
-            self._sweep()
-        return self._event(row)
-
-    def _check_task(self, task: Task) -> None:
-        """Refuse data that cannot be told apart or learned from, before anything moves."""
-        task.train.check()
-        if task.test is not task.train:
-            task.test.check()
-        if "y" not in task.train.columns:
-            raise BadInput(f"{task.train.source}: classification and regression need a column 'y'")
-        if (
-            isinstance(self.problem, Classification)
-            and task.train["y"].dim() == 1
-            and task.train["y"].is_floating_point()
-        ):
-            raise BadInput(
-                f"{task.train.source}: y has type {task.train['y'].dtype}; classification needs integer labels (or use problem='regression')"
-            )
-        if not len(task.train):
-            raise BadInput(f"task {task.id} has no training examples")
-        fingerprint = task.fingerprint()
-        for learned in self._learned:
-            same = learned.about.get("source") == task.train.source
-            shared = bool(task.train.ids & learned.ids)
-            if (
-                shared
-                and learned.about.get("fingerprint") != fingerprint
-                and (not same or task.train.positional)
-                and self._differs(learned, task)
-            ):
-                raise DataChanged(
-                    f"{task.train.source} uses ids that {learned.about['source']} used for other examples; give ids that are distinct over all "
-                    "sources: Examples(..., ids=...)"
-                )
-
-    @staticmethod
-    def _differs(learned: Learned, task: Task) -> bool:
-        """Whether a shared id stands for other content than when it was learned."""
-        if learned.task is None:
-            return learned.about.get("source") != task.train.source
-        shared = task.train.ids & learned.task.train.ids
-        return bool(shared) and _content(learned.task.train, shared) != _content(task.train, shared)
-
-    def _learn(self, task: Task, recipe: Recipe, snapshot_every: int | None) -> tuple[Update, Consumed]:
-        saved = self._ledger.get_current("checkpoint")
-        key = hashlib.sha256(canonical([recipe.as_json(), task.fingerprint()]).encode()).hexdigest()
-        at = saved if saved is not None and saved["key"] == key else None
-
-        def before(u: Update) -> None:
-            if at is not None:
-                packed = self._snapshots.load(at["manifest"])
-                u.resume_at = {**packed["position"], "load": lambda: _load_into(u, packed)}
-
-        def checkpoint(u: Update, _source: Any, index: Any, count: int) -> None:
-            due = snapshot_every and u.step and u.step % snapshot_every == 0
-            if due and not u._pending and not isinstance(index, list):
-                holders = {str(i): part.state_dict() for i, part in enumerate(_stateful(u))}
-                manifest = self._snapshots.save(
-                    {"position": position(u, index, count), "weights": dict(u.model.state_dict()), "holders": holders}
-                )
-                with self._ledger.begin() as tx:
-                    tx.set_current("checkpoint", {"key": key, "manifest": manifest})
-                self._sweep()
-
-        return learn_event(
-            self._state,
+        row = learning.learn(
+            self,
             task,
-            recipe,
-            problem=self.problem,
-            seed=self.seed,
-            history=self._history(),
-            tasks=self._tasks(),
-            device=self.device,
-            before=before,
-            retrain=None,
-            metrics=self.metrics,
-            progress=self._progress,
-            checkpoint=checkpoint if snapshot_every else None,
+            settings,
+            learner=learner,
+            keep=keep,
+            where=where,
+            carry=carry,
+            snapshot_every=snapshot_every,
+            allow_forgotten=allow_forgotten,
         )
-
-    def _commit_learn(
-        self,
-        task: Task,
-        fingerprint: str,
-        recipe: Recipe,
-        u: Update,
-        consumed: Consumed,
-        measured: dict[str, Any],
-        skipped: int,
-        seconds: float,
-    ) -> Row:
-        manifest = self._snapshots.save(self._state.pack())
-        entries = self._ledger.get_current("snapshots")
-        kept = [entry for entry in entries if entry["event"] == 0] + [entry for entry in entries if entry["event"]][-1:]
-        body = {
-            "event": len(self._rows) + 1,
-            "label": f"learn task {task.id}",
-            "task": {
-                "id": task.id,
-                "classes": [int(c) for c in task.classes],
-                "names": list(task.names),
-                "fingerprint": fingerprint,
-                "source": task.train.source,
-                "train": len(task.train),
-                "test": len(task.test),
-            },
-            "recipe": recipe.as_json(),
-            "learner": next(iter(u.owner.spec())),
-            "keep": [part.slug for part in u.parts if isinstance(part, Keeper)],
-            "where": [part.slug for part in u.parts if isinstance(part, Where)],
-            "moves_weights": getattr(u.owner, "moves_weights", True),
-            "steps": u.steps_done,
-            "skipped_forgotten": skipped,
-            "labels": list(self._state.labels),
-            "holders": state_bytes(self._state),
-            "extra_bytes": u.extra_bytes,
-            "weights_sha256": weights_sha256(self.model.state_dict()),
-            **measured,
-        }
-        with self._ledger.begin() as tx:
-            body["new"] = self._ledger.lineage.put(consumed.new)
-            body["replayed"] = self._ledger.lineage.put(consumed.replayed)
-            body["consumed"] = {"new": len(consumed.new), "replayed": len(consumed.replayed)}
-            future = {"seq": len(self._ledger), "event": body["event"], "manifest": manifest}
-            erased = self._snapshots.sweep([e["manifest"] for e in [*kept, future]], dry=True)
-            row = tx.append("learn", body, {"seconds": seconds, "at": time.time(), "erased": erased})
-            tx.set_current("snapshots", [*kept, future])
-            tx.set_current("checkpoint", None)
-        self._learned.append(Learned(recipe, task, consumed.new, body["task"]))
-        self._enter(row)
-        self._settle_inputs()
-        self._references.clear()
-        return row
+        return self._event(row)
 
     def forget(
         self,
@@ -893,64 +676,6 @@ class Life:
             return built.to(self.device)
         return copy.deepcopy(self._blank).to(self.device)
 
-    def _live_again(self, gone: Ids, seed: int) -> State:
-        """A fresh life of the same learn events without `gone`: buffers, statistics and keepers built anew."""
-        key = (gone.digest(), seed)
-        if key not in self._references:
-            if any(learned.task is None for learned in self._learned):
-                raise Refused("retraining needs the data of every event; give it: Life.resume(home, model, data=...)")
-            tasks = [(learned.recipe, learned.retained(gone)) for learned in self._learned]
-            left = [(recipe, task) for recipe, task in tasks if task is not None]
-            state = self._fresh_state(self._initial(seed), metrics=False)
-            name = self._reference_key(state, left, seed) if self._store is not None else ""
-            packed = self._store.get(name) if self._store is not None else None
-            if packed is not None:
-                state.load(packed, copy.deepcopy(state.model))
-            else:
-                history: list[Examples] = []
-                for recipe, task in left:
-                    learn_event(
-                        state, task, recipe, problem=self.problem, seed=seed, history=history, device=self.device, progress=self._progress
-                    )  # fmt: skip
-                    history.append(task.train)
-            if self._store is not None:
-                self._store.put(name, state.pack())
-                self._register_reference(name, [task for _, task in left])
-            self._references[key] = state
-        return self._references[key]
-
-    def _reference_key(self, fresh: State, left: Sequence[tuple[Recipe, Task]], seed: int) -> str:
-        """The hash of all that makes a reference: two lives that would retrain the same model find the same one."""
-        methods = [fresh.learner, *fresh.keepers, *resolve_all("where", self._where, Where)]
-        about = {
-            "weights": weights_sha256(fresh.model.state_dict()),
-            "problem": _spec(self.problem),
-            "methods": [method.spec() for method in methods],
-            "seed": seed,
-            "events": [[recipe.as_json(), task.fingerprint(), task.train.ids.digest()] for recipe, task in left],
-            "code": code_sha256(
-                [part for method in methods for part in catalogue.every() if part.module == type(method).__module__]
-            ),
-            "versions": versions(),
-        }
-        return hashlib.sha256(canonical(about).encode()).hexdigest()
-
-    def _register_reference(self, key: str, tasks: Sequence[Task]) -> None:
-        """A reference is a holder of what it was trained on, and the life answers for it."""
-        known = self._ledger.get_current("references", [])
-        if key not in [entry["key"] for entry in known]:
-            ids = Ids()
-            for task in tasks:
-                ids = ids | task.train.ids
-            with self._ledger.begin() as tx:
-                tx.set_current("references", [*known, {"key": key, "ids": self._ledger.lineage.put(ids)}])
-
-    def _reference_bytes(self) -> dict[str, int]:
-        entries = self._ledger.get_current("references", []) if self._store is not None else []
-        return (
-            {"references": sum(self._store.bytes(entry["key"]) for entry in entries)} if entries and self._store else {}
-        )
-
     def _snapshot_bytes(self) -> int:
         return sum(self._snapshots.bytes(entry["manifest"]) for entry in self._ledger.get_current("snapshots", []))
 
@@ -972,72 +697,6 @@ class Life:
 
         write_atomic(self.home / name, data, work=self.home / "work")
         return self.home / name
-
-
-def _check_device(device: torch.device) -> None:
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
-    if there is not None and not there():
-        raise BadInput(f"device={str(device)!r}: torch finds no such device here; use 'cpu', or a torch built for it")
-
-
-def apply_row(books: Books, row: Row, ids_of: Callable[[str], Ids]) -> None:
-    """Enter one committed row into the books."""
-    if row.kind == "learn":
-        books.learned(ids_of(row.body["new"]) | ids_of(row.body["replayed"]), row.body["moves_weights"])
-    elif row.kind == "forget" and row.body["status"] != "nothing held":
-        books.forgotten(ids_of(row.body["ids"]), row.body["weights_state"], row.body["why"], row.body["exact"])
-
-
-def versions() -> dict[str, Any]:
-    """What equal bits depend on beside plan and data."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
-    found["cpu"] = torch.backends.cpu.get_cpu_capability()
-    for package in ("remanence", "torch", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "source"
-    return found
-
-
-def _stateful(u: Update) -> list[Method]:
-    """Everything in a run that remembers beside the weights."""
-    return [u.owner, *u.parts, *u.metrics]
-
-
-def _load_into(u: Update, packed: Mapping[str, Any]) -> None:
-    u.model.load_state_dict(packed["weights"])
-    for i, part in enumerate(_stateful(u)):
-        part.load_state_dict(packed["holders"][str(i)])
-
-
-def _spec(problem: Problem) -> dict[str, Any]:
-    name = type(problem).__name__.lower()
-    return {name: {key: getattr(problem, key) for key in problem.__dataclass_fields__}}
-
-
-def _as_task(data: Task | Examples, number: int) -> Task:
-    """Bare examples as a task that is measured on itself."""
-    if not isinstance(data, Examples):
-        return data
-    labels = _labels(data)
-    return Task(data, data, tuple(labels), tuple(map(str, labels)), number)
-
-
-def _labels(examples: Examples) -> list[int]:
-    y = examples.columns.get("y")
-    return [int(v) for v in y.unique()] if isinstance(y, Tensor) and not y.is_floating_point() else []
-
-
-def _content(examples: Examples, ids: Ids) -> str:
-    part = examples.only(ids)
-    return part.select(torch.argsort(part.id)).fingerprint()
 
 
 def _rounded(value: float) -> float:

@@ -327,7 +327,7 @@ class Plan(_Part):
         """A regression has no forgetting to measure."""
         if isinstance(value, dict) and "measure" not in value:
             problem = value.get("problem")
-            regression = problem == "regression" or isinstance(problem, dict) and "regression" in problem
+            regression = problem == "regression" or (isinstance(problem, dict) and "regression" in problem)
             return {**value, "measure": ["accuracy", "bytes"] if regression else ["accuracy", "forgetting", "bytes"]}
         return value
 

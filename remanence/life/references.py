@@ -8,29 +8,41 @@ A reference is a holder of what it was trained on. Its life writes down the key 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import remanence
-from remanence.core.errors import BadInput, Corrupt
+from remanence import catalogue
+from remanence.core.errors import BadInput, Corrupt, Refused
+from remanence.core.ids import Ids
 from remanence.core.part import Part
+from remanence.data import Examples, Task
+from remanence.life.events import Recipe, learn_event
 from remanence.life.files import canonical, plain_errors, sha256, sync_folder, write_atomic
-from remanence.life.snapshots import Snapshots
+from remanence.life.snapshots import Snapshots, weights_sha256
+from remanence.life.state import State
+from remanence.life.surroundings import versions
+from remanence.train.resolve import resolve_all
+from remanence.train.roles import Where
 
-__all__ = ["References", "code_sha256"]
+if TYPE_CHECKING:
+    from remanence.life.life import Life
+
+__all__ = ["References", "code_sha256", "kept_bytes", "live_again"]
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 #: What a result depends on beside the parts in use: the floors below them, and how a life runs and measures.
 _SHARED = ("core", "nn", "models", "data", "train", "measure")
-_LIFE = ("life", "events", "state", "evidence", "forgetting", "books")
+_LIFE = ("life", "learning", "forgetting", "events", "state", "evidence", "books", "record")
 
 
 class References:
@@ -124,3 +136,67 @@ def _module_sha256(module: str) -> str:
     spec = find_spec(module)
     origin = Path(spec.origin) if spec is not None and spec.origin else None
     return sha256(origin.read_bytes()) if origin is not None and origin.is_file() else "no source"
+
+
+# -- making them ---------------------------------------------------------------------------------------------------------
+
+
+def live_again(life: Life, gone: Ids, seed: int) -> State:
+    """A fresh life of the same learn events without `gone`: buffers, statistics and keepers built anew."""
+    key = (gone.digest(), seed)
+    if key not in life._references:
+        if any(learned.task is None for learned in life._learned):
+            raise Refused("retraining needs the data of every event; give it: Life.resume(home, model, data=...)")
+        tasks = [(learned.recipe, learned.retained(gone)) for learned in life._learned]
+        left = [(recipe, task) for recipe, task in tasks if task is not None]
+        state = life._fresh_state(life._initial(seed), metrics=False)
+        name = _key(life, state, left, seed) if life._store is not None else ""
+        packed = life._store.get(name) if life._store is not None else None
+        if packed is not None:
+            state.load(packed, copy.deepcopy(state.model))
+        else:
+            history: list[Examples] = []
+            for recipe, task in left:
+                learn_event(
+                    state, task, recipe, problem=life.problem, seed=seed, history=history, device=life.device, progress=life._progress
+                )  # fmt: skip
+                history.append(task.train)
+        if life._store is not None:
+            life._store.put(name, state.pack())
+            _register(life, name, [task for _, task in left])
+        life._references[key] = state
+    return life._references[key]
+
+
+def _key(life: Life, fresh: State, left: Sequence[tuple[Recipe, Task]], seed: int) -> str:
+    """The hash of all that makes a reference: two lives that would retrain the same model find the same one."""
+    methods = [fresh.learner, *fresh.keepers, *resolve_all("where", life._where, Where)]
+    about = {
+        "weights": weights_sha256(fresh.model.state_dict()),
+        "problem": life.problem.spec(),
+        "methods": [method.spec() for method in methods],
+        "seed": seed,
+        "events": [[recipe.as_json(), task.fingerprint(), task.train.ids.digest()] for recipe, task in left],
+        "code": code_sha256(
+            [part for method in methods for part in catalogue.every() if part.module == type(method).__module__]
+        ),
+        "versions": versions(),
+    }
+    return hashlib.sha256(canonical(about).encode()).hexdigest()
+
+
+def _register(life: Life, key: str, tasks: Sequence[Task]) -> None:
+    """A reference is a holder of what it was trained on, and the life answers for it."""
+    known = life._ledger.get_current("references", [])
+    if key not in [entry["key"] for entry in known]:
+        ids = Ids()
+        for task in tasks:
+            ids = ids | task.train.ids
+        with life._ledger.begin() as tx:
+            tx.set_current("references", [*known, {"key": key, "ids": life._ledger.lineage.put(ids)}])
+
+
+def kept_bytes(life: Life) -> dict[str, int]:
+    """Bytes of the references that a life keeps, as a holder; empty without any."""
+    entries = life._ledger.get_current("references", []) if life._store is not None else []
+    return {"references": sum(life._store.bytes(entry["key"]) for entry in entries)} if entries and life._store else {}

@@ -9,15 +9,14 @@ from remanence.core.holder import STATES
 from remanence.core.ids import Ids
 from remanence.life.books import Books
 from remanence.life.forgetting import consumed_by, records_held
+from remanence.life.record import Trace, apply_row
 
 if TYPE_CHECKING:
-    from remanence.life.life import Life, Trace
+    from remanence.life.life import Life
 
 
 def trace(life: Life, ids: Ids, erasing: bool | None = None) -> list[Trace]:
     """See `Life.trace`. `erasing`: whether an erasure is owed, in which case nothing counts as gone yet; None: ask the ledger."""
-    from remanence.life.life import Trace
-
     owed = life._ledger.get_current("owed") if erasing is None else erasing
     rows: list[Trace] = []
     for found, state, why in life._books.weights(ids):
@@ -49,7 +48,6 @@ def _once_held(life: Life, holder: str, ids: Ids) -> Ids:
 
 def _snapshots(life: Life, ids: Ids) -> list[Trace]:
     """Saved states still on disk, each with what the weights held when it was made."""
-    from remanence.life.life import Trace, apply_row
 
     @functools.cache
     def mine_in(digest: str) -> Ids:
@@ -94,8 +92,6 @@ def _snapshots(life: Life, ids: Ids) -> list[Trace]:
 
 def _references(life: Life, ids: Ids) -> list[Trace]:
     """Models retrained for evidence that are kept: each holds what it was trained on, until a request erases it."""
-    from remanence.life.life import Trace
-
     rows = [
         Trace(
             f"references/{entry['key'][:8]}",

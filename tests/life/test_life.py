@@ -19,7 +19,8 @@ from remanence.core.problem import Classification
 from remanence.data import Examples, Request, Task, cat
 from remanence.keep.ewc import EWC
 from remanence.keep.replay import Replay
-from remanence.life.life import Event, Life, Trace
+from remanence.life.life import Life
+from remanence.life.record import Event, Trace
 from remanence.life.run import run_plan
 from remanence.life.snapshots import weights_sha256
 from remanence.models import identity, mlp

@@ -15,6 +15,7 @@ from remanence.core.ids import Ids
 from remanence.data import Examples, Request, Task
 from remanence.life import receipts
 from remanence.life.life import Life
+from remanence.life.references import live_again
 from remanence.train.roles import Forgetter, Keeper, Outcome
 from remanence.train.update import Update
 from tests.life.helpers import FAST, REPLAY, again, bits, kinds, lived, network, of_class, stream, tree
@@ -147,7 +148,7 @@ def test_nothing_of_what_was_forgotten_is_seen_by_any_later_part(tmp_path: Path)
         life.learn(stream()[2], **FAST, keep=[Spy(), {"replay": {"per_class": 20}}], learner="joint")
         assert set(seen) == {"task", "seen", "history", "batch"} and all(len(ids) > 50 for ids in seen.values())
         assert not any(ids & gone for ids in seen.values())
-        reference = life._live_again(life._books.tombstones, 5)
+        reference = live_again(life, life._books.tombstones, 5)
         assert not reference.keepers[0].buffer.ids & gone
         assert not any(examples.ids & gone for examples in life._history())
 
@@ -328,7 +329,7 @@ def test_ten_requests_in_a_row_are_measured_alike(tmp_path: Path) -> None:
         assert [receipt.number for receipt in found] == list(range(1, 11))
         assert all(row.state in ("holds", "unlearned", "deleted") for row in life.trace(ids))
         gone = Ids(ids)
-        reference = life._live_again(gone, 77)
+        reference = live_again(life, gone, 77)
         assert not reference.keepers[0].buffer.ids & gone
         means = {cell["metric"]: cell["reference_mean"] for cell in found[-1].evidence}
     with lived(tmp_path / "fresh") as fresh:

@@ -19,6 +19,7 @@ from remanence.core.problem import Batch
 from remanence.data import Request
 from remanence.life.forgetting import reference_seed
 from remanence.life.life import Life
+from remanence.life.references import live_again
 from remanence.life.state import State
 from remanence.models import mlp
 from remanence.train.roles import Keeper
@@ -72,7 +73,7 @@ def through(keeper: Any, forget: dict[str, Any], home: Path | None = None, seed:
         yield shares(life, gone)
         lost = life._rows[-1].body["lost"][str(gone)]
         assert lost == pytest.approx(shares(life, gone)[0], abs=1e-5)  # what the report draws
-        yield [shares(life, gone, life._live_again(receipt.ids, reference_seed(seed, k))) for k in range(3)]
+        yield [shares(life, gone, live_again(life, receipt.ids, reference_seed(seed, k))) for k in range(3)]
 
 
 def allowed(references: list[float], margin: float) -> float:
