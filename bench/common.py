@@ -70,16 +70,20 @@ def timed(run: Callable[[], Any]) -> Times:
 
 
 def interleave(sides: Mapping[str, Side], rounds: int = 15, warmup: int = 2) -> dict[str, list[Times]]:
-    """Run all sides in turn, `rounds` times after `warmup`; who goes first changes from round to round."""
+    """Run all sides in turn, `rounds` times after `warmup`; every second round backwards, so that each has each for a
+    neighbour. What was imported is kept out of the garbage collector's rounds, which run before every side."""
     names = list(sides)
     found: dict[str, list[Times]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()
     for number in range(warmup + rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in names[:: 1 if number % 2 else -1]:
             run = sides[name]()
             gc.collect()
             took = timed(run)
             if number >= warmup:
                 found[name].append(took)
+    gc.unfreeze()
     return found
 
 

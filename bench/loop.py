@@ -207,14 +207,16 @@ def same(ends: Ends) -> None:
 
 def rows_of(on: str, stream: Stream, rounds: int) -> list[Row]:
     ends: Ends = {}
+    t = interleave({"ours": ours(stream, ends=ends), "bare": bare(stream, ends=ends)}, rounds)
     with TemporaryDirectory() as folder:
-        sides = {"ours": ours(stream, ends=ends), "bare": bare(stream, ends=ends), "life": a_life(stream, Path(folder))}
-        t = interleave(sides, rounds)
+        lives = interleave({"life": a_life(stream, Path(folder)), "bare": bare(stream)}, max(7, rounds // 3))
     same(ends)
     found = [
         ratio_row("finetuning, the loop", on, loops(t["ours"]), loops(t["bare"]), 1.05),
         ratio_row("finetuning, whole events", on, t["ours"], t["bare"], 1.05),
-        ratio_row("finetuning, `Life.learn`", on, t["life"], t["bare"], note="measured, with ledger and snapshots"),
+        ratio_row(
+            "finetuning, `Life.learn`", on, lives["life"], lives["bare"], note="measured, with ledger and snapshots"
+        ),
     ]
     sides = {"ours": ours(stream, REPLAY), "bare": bare(stream, "replay"), "uniform": bare(stream, "uniform")}
     t = interleave(sides, rounds)

@@ -12,7 +12,7 @@ from typing import Any
 from bench.common import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "bench.md"
-ORDER = ("loop", "peers", "ledger", "vmap")
+ORDER = ("loop", "peers", "ledger", "forget", "vmap")
 
 HEAD = """# Benchmarks
 
@@ -49,8 +49,10 @@ def page() -> str:
         m = result["machine"]
         where = f"{m['cpu']} ({m['capability']}), {m['cores']} cores, load by all {m['load']}, Python {m['python']}, torch {m['torch']}, {result['date']}"
         parts.append(f"## {result['title']}\n\n{result['text']}\n\n{where}\n")
-        parts.append("| what | on | median (quartiles) | target | | |\n|---|---|---|---|---|---|")
-        parts += [line(row) for row in result["rows"]]
+        if result["rows"]:
+            parts.append("| what | on | median (quartiles) | target | | |\n|---|---|---|---|---|---|")
+            parts += [line(row) for row in result["rows"]]
+        parts += result.get("settings", {}).get("tables", {}).values()
         parts.append("")
     return "\n".join(parts)
 

@@ -117,7 +117,12 @@ def storage_message(error: OSError, path: str | Path) -> str:
 
 
 def write_atomic(
-    path: str | Path, data: bytes | bytearray | memoryview, *, work: str | Path | None = None, mode: int = 0o644
+    path: str | Path,
+    data: bytes | bytearray | memoryview,
+    *,
+    work: str | Path | None = None,
+    mode: int = 0o644,
+    settle: bool = True,
 ) -> None:
     """Writes a file so that after any crash either the old content or the new is there, never a part.
 
@@ -127,6 +132,7 @@ def write_atomic(
         work: the folder of the unfinished file, on the same disk (a life's ``work/``, emptied at every open); default:
             the file's own folder.
         mode: permissions of the new file; it has them from its first byte on.
+        settle: flush the folder's entry, too. Who writes several files may do that once, by `sync_folder`, after the last.
 
     Raises:
         StorageError: full, read-only or failing disk; the unfinished file is removed and the old content is as it was.
@@ -144,7 +150,8 @@ def write_atomic(
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-            sync_folder(path.parent)
+            if settle:
+                sync_folder(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()

@@ -21,7 +21,7 @@ from remanence.life import receipts
 from remanence.life.evidence import Assessment, Assessor
 from remanence.life.files import canonical, empty, write_atomic
 from remanence.life.ledger import Row, commit
-from remanence.life.references import live_again
+from remanence.life.references import live_again, seconds_of
 from remanence.life.snapshots import weights_sha256
 from remanence.life.state import state_bytes
 from remanence.train.loop import forget as forget_run
@@ -345,13 +345,14 @@ def _work(life: Life, asked: _Asked) -> _Work:
         method.purge(asked.ids)
     outcome, steps = _run(life, asked, forget_set, retain_set, retained, gone)
     seconds = {"method": time.perf_counter() - clock}
+    if outcome.exact:  # found in a shared folder, it costs what it cost
+        seconds["method"] = max(seconds["method"], seconds_of(life, gone, life.seed))
     life._finite()
     after = assessor.answers(life._state)
     _limit(asked, before["figures"], after["figures"])
-    answers, clock = [], time.perf_counter()
-    for k in range(asked.seeds):
-        answers.append(assessor.answers(live_again(life, gone, reference_seed(life.seed, k))))
-    seconds["references"] = time.perf_counter() - clock
+    seeds = [reference_seed(life.seed, k) for k in range(asked.seeds)]
+    answers = [assessor.answers(live_again(life, gone, seed)) for seed in seeds]
+    seconds["references"] = sum(seconds_of(life, gone, seed) for seed in seeds)
     assessment = assessor.assess(before, after, answers)
     slug = asked.by.slug
     if outcome.exact:

@@ -172,6 +172,7 @@ class Life:
         self._given: dict[str, Task] = {}  # the data of learn events by fingerprint, as it was given
         self._books = Books()
         self._references: dict[tuple[str, int], State] = {}
+        self._retraining: dict[tuple[str, int], float] = {}  # seconds
         self._rows: list[Row] = []
 
     def _fresh_state(self, model: nn.Module, metrics: bool = True) -> State:

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,7 @@ from remanence.train.roles import Where
 if TYPE_CHECKING:
     from remanence.life.life import Life
 
-__all__ = ["References", "code_sha256", "kept_bytes", "live_again"]
+__all__ = ["References", "code_sha256", "kept_bytes", "live_again", "seconds_of"]
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 #: What a result depends on beside the parts in use: the floors below them, and how a life runs and measures.
@@ -151,21 +152,29 @@ def live_again(life: Life, gone: Ids, seed: int) -> State:
         left = [(recipe, task) for recipe, task in tasks if task is not None]
         state = life._fresh_state(life._initial(seed), metrics=False)
         name = _key(life, state, left, seed) if life._store is not None else ""
-        packed = life._store.get(name) if life._store is not None else None
-        if packed is not None:
-            state.load(packed, copy.deepcopy(state.model))
+        kept = life._store.get(name) if life._store is not None else None
+        if kept is not None:
+            state.load(kept["state"], copy.deepcopy(state.model))
+            seconds = float(kept["seconds"])
         else:
+            clock = time.perf_counter()
             history: list[Examples] = []
             for recipe, task in left:
                 learn_event(
                     state, task, recipe, problem=life.problem, seed=seed, history=history, device=life.device, progress=life._progress
                 )  # fmt: skip
                 history.append(task.train)
+            seconds = time.perf_counter() - clock
         if life._store is not None:
-            life._store.put(name, state.pack())
+            life._store.put(name, {"state": state.pack(), "seconds": seconds})
             _register(life, name, [task for _, task in left])
-        life._references[key] = state
+        life._references[key], life._retraining[key] = state, seconds
     return life._references[key]
+
+
+def seconds_of(life: Life, gone: Ids, seed: int) -> float:
+    """What a reference that this life has made or found took to train, whenever that was."""
+    return life._retraining.get((gone.digest(), seed), 0.0)
 
 
 def _key(life: Life, fresh: State, left: Sequence[tuple[Recipe, Task]], seed: int) -> str:

@@ -1,7 +1,7 @@
 """Snapshots of a life's state as content-addressed safetensors files: what did not change between two snapshots lies on
 the disk once.
 
-    HOME/snapshots/ab/ab34....safetensors
+    HOME/snapshots/ab34....safetensors
 
 A tensor of 64 KiB or more is a file of its own, named by the sha256 of its dtype, shape and little-endian bytes. The
 smaller ones of a snapshot share one file (a *pack*), so that a state of a hundred small
@@ -57,6 +57,7 @@ class Snapshots:
         self.home = Path(home)
         self.folder = self.home / "snapshots"
         self._work = self.home / "work"
+        self._unsettled = False  # files were renamed into the folder and its entries not flushed yet
 
     def save(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Writes a state and returns its manifest; when this returns, every file is on the disk.
@@ -78,9 +79,10 @@ class Snapshots:
             for node in nodes:
                 node["pack"] = pack
             if not self._path(pack).exists():
-                write_atomic(
-                    self._path(pack), safetensors_save({name: small[name] for name in sorted(small)}), work=self._work
-                )
+                self._write(pack, {name: small[name] for name in sorted(small)})
+        if self._unsettled:
+            sync_folder(self.folder)
+            self._unsettled = False
         return {"format": _FORMAT, "state": tree, "digest": sha256(canonical(tree))}
 
     def load(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,21 +121,27 @@ class Snapshots:
             dry: only say what would be deleted.
         """
         wanted = {self._path(name) for manifest in keep for name in _files(self._tree(manifest))}
-        gone: list[str] = []
         with plain_errors(self.folder):
-            for folder in sorted(self.folder.iterdir()) if self.folder.exists() else []:
-                dead = [path for path in sorted(folder.iterdir()) if path not in wanted] if folder.is_dir() else []
-                gone += [path.relative_to(self.home).as_posix() for path in dead]
-                if dead and not dry:
-                    for path in dead:
-                        path.unlink()
-                    sync_folder(folder)
-        return sorted(gone)
+            dead = (
+                [path for path in sorted(self.folder.iterdir()) if path not in wanted and not path.is_dir()]
+                if self.folder.exists()
+                else []
+            )
+            for path in [] if dry else dead:
+                path.unlink()
+            if dead and not dry:
+                sync_folder(self.folder)
+        return [path.relative_to(self.home).as_posix() for path in dead]
 
     # -- within --------------------------------------------------------------------------------------------------------
 
     def _path(self, name: str) -> Path:
-        return self.folder / name[:2] / f"{name}.safetensors"
+        return self.folder / f"{name}.safetensors"
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """A file of a snapshot; all of them are settled together, for the disk takes as long for one flush as for many files."""
+        write_atomic(self._path(name), safetensors_save(tensors), work=self._work, settle=False)
+        self._unsettled = True
 
     def _relative(self, name: str) -> str:
         return self._path(name).relative_to(self.home).as_posix()
@@ -167,7 +175,7 @@ class Snapshots:
                 small[digest] = tensor
                 nodes.append(node)
             elif not self._path(digest).exists():
-                write_atomic(self._path(digest), safetensors_save({digest: tensor}), work=self._work)
+                self._write(digest, {digest: tensor})
             return node
         if isinstance(value, Mapping):
             keys = list(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -535,8 +536,8 @@ class Update(Context):
             return
         if self._losses:
             losses = torch.stack([loss for _, loss in self._losses])
-            finite = torch.isfinite(losses)
-            if not bool(finite.all()):
+            # The sum of finite losses is finite, or has overflown.
+            if not math.isfinite(losses.sum()) and not bool((finite := torch.isfinite(losses)).all()):
                 step, loss = self._losses[int((~finite).int().argmax())]
                 raise NotFinite(
                     f"the loss became {float(loss)} at step {step} of {self.event}; try a smaller lr or clip=1.0"
