@@ -19,9 +19,10 @@ HEAD = """# Benchmarks
 `make bench` measures everything here but the peers, `make bench-peers` those; both rewrite this page from
 `bench/results/*.json`, which hold every figure with the machine and the date.
 
-One thread. Every figure is the median of at least 7 runs after a warm-up, with its quartiles. Where two things are compared
+One thread. Every time is the median of at least 7 runs after a warm-up, with its quartiles; sizes are of one run. Where two things are compared
 they run in turn in one session (A B, B A, ...), and the ratio is taken pair by pair, of CPU time, which other work on the
-machine disturbs less; the wall clock's ratio stands beside it. A target that is missed says so.
+machine disturbs less; the wall clock's ratio stands beside it. The machine below is shared and small: a ratio moved by up to a quarter between sessions. A target that is missed
+says so.
 """
 
 

@@ -68,7 +68,7 @@ def main() -> None:
                 rows.append(compare(method, on, mine, theirs, wanted[at], given.rounds))
             mine.close()
             theirs.close()
-    text = "How many times as long avalanche-lib 0.6.0 takes for the same: its strategy's `train` without metrics and loggers against our whole learn events, borders (buffer, Fisher) included; same tensors, network, optimizer, batch size, memory and strength."
+    text = "How many times as long avalanche-lib 0.6.0 takes for the same: its strategy's `train` without metrics and loggers against our whole learn events, borders (buffer, Fisher) included; same tensors, network, optimizer, batch size, memory and strength. EWC includes each side's own Fisher: ours is per example, theirs squares the gradients of batches."
     save("peers", "Against avalanche-lib 0.6.0", text, rows, rounds=given.rounds, peer=about)
 
 

@@ -82,7 +82,7 @@ def strategy(method: str, width: int) -> Naive:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore")  # some switch themselves on again
+    warnings.showwarning = lambda *_, **__: None  # some switch themselves on again
     torch.set_num_threads(1)
     stream, width = experiences(sys.argv[1])
     print(json.dumps({"torch": torch.__version__}), flush=True)
