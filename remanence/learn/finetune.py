@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from remanence.core.knobs import knob
-from remanence.core.problem import Batch
+from remanence.core.problem import Batch, Out
 from remanence.train.roles import Learner
 from remanence.train.update import Update
 
@@ -19,7 +20,9 @@ class Finetune(Learner):
         L = mean_i loss(f(x_i), y_i) over the competing columns
 
     With ``compete="new"`` only the classes of this task compete, so rows of old classes get no gradient from it: with the
-    sigmoid link this is L_c of Smith et al. 2023 (arXiv 2203.17269), the cure of head bias in rehearsal-free learning.
+    sigmoid link this is L_c of Smith et al. (arXiv 2203.17269), the cure of head bias in rehearsal-free learning. Rows that a
+    keeper replays compete among all classes seen, for their own may be an old one (the asymmetric cross-entropy of Caccia et al.
+    2022, arXiv 2104.05025).
 
     Pick it with a keeper beside it; alone it forgets. Needs: labels or targets.
     """
@@ -29,5 +32,14 @@ class Finetune(Learner):
     )
 
     def objective(self, u: Update, batch: Batch) -> Tensor:
-        columns = u.classes.seen if self.compete == "seen" or not len(u.classes.new) else u.classes.new
-        return u.problem.loss(u.out(batch), batch, columns)
+        if self.compete == "seen" or not len(u.classes.new):
+            return u.problem.loss(u.out(batch), batch, u.classes.seen)
+        replayed = batch.get("origin", torch.zeros(1)) > 0
+        if not bool(replayed.any()):
+            return u.problem.loss(u.out(batch), batch, u.classes.new)
+        losses, weights = [], []
+        for rows, columns in ((~replayed, u.classes.new), (replayed, u.classes.seen)):
+            mine = {name: column[rows] for name, column in batch.items()}
+            losses.append(u.problem.losses(Out(u.out(batch).logits[rows]), mine, columns))
+            weights.append(mine.get("weight", torch.ones_like(losses[-1])))
+        return torch.dot(torch.cat(losses), torch.cat(weights)) / torch.cat(weights).sum()

@@ -25,7 +25,7 @@ from remanence.life.references import live_again, seconds_of
 from remanence.life.snapshots import weights_sha256
 from remanence.life.state import state_bytes
 from remanence.train.loop import forget as forget_run
-from remanence.train.resolve import check_keepers, resolve, resolve_all
+from remanence.train.resolve import check_fits, check_keepers, resolve, resolve_all
 from remanence.train.roles import Forgetter, Keeper, Outcome, Where
 from remanence.train.settings import Settings
 from remanence.train.update import Update, hooks
@@ -123,6 +123,7 @@ def forget(
     method = resolve("forget", by, Forgetter)
     keepers, wheres = resolve_all("keep", keep, Keeper), resolve_all("where", where, Where)
     check_keepers(keepers)
+    check_fits([method, *keepers, *wheres], life.problem)
     made = Settings(**{**method.defaults, **settings})
     seeds = seeds_of(verify)
     try:

@@ -22,7 +22,7 @@ from remanence.life.record import Learned
 from remanence.life.snapshots import weights_sha256
 from remanence.life.state import state_bytes
 from remanence.train.loop import position
-from remanence.train.resolve import check_keepers, resolve, resolve_all
+from remanence.train.resolve import check_fits, check_keepers, resolve, resolve_all
 from remanence.train.roles import Keeper, Learner, Method, Where
 from remanence.train.settings import Settings
 from remanence.train.update import Consumed, Update
@@ -56,6 +56,8 @@ def learn(
     )
     if keep is not None:
         check_keepers(resolve_all("keep", recipe.keep, Keeper))
+    own = resolve_all("keep", recipe.keep, Keeper) if recipe.keep is not None else []
+    check_fits([*own, *resolve_all("where", recipe.where, Where)], life.problem)
     canonical(recipe.as_json())  # refuses what cannot be written down
     _check_task(life, task)
     fingerprint = task.fingerprint()

@@ -38,7 +38,7 @@ from remanence.life.references import References, kept_bytes
 from remanence.life.snapshots import Snapshots, weights_sha256
 from remanence.life.state import State, state_bytes
 from remanence.life.surroundings import check_device, versions
-from remanence.train.resolve import check_keepers, resolve, resolve_all
+from remanence.train.resolve import check_fits, check_keepers, resolve, resolve_all
 from remanence.train.roles import Keeper, Learner, Method, Metric, Where
 from remanence.train.settings import Settings
 from remanence.train.update import Context, Progress
@@ -168,6 +168,7 @@ class Life:
         self._progress = progress
         self._state = self._fresh_state(built.to(self.device))
         check_keepers(self._state.keepers)
+        check_fits([self._state.learner, *self._state.keepers, *resolve_all("where", self._where, Where)], self.problem)
         self._learned: list[Learned] = []
         self._given: dict[str, Task] = {}  # the data of learn events by fingerprint, as it was given
         self._books = Books()

@@ -15,10 +15,10 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from remanence import catalogue
 from remanence.core.errors import BadInput, UnknownName, nearest
-from remanence.core.problem import PROBLEMS, problem_of
+from remanence.core.problem import PROBLEMS, Classification, Regression, problem_of
 from remanence.life.plan import Forget, Learn, Plan, Problems, _defaults, _function, _runs
 from remanence.life.yaml import Document, Place, shown
-from remanence.train.resolve import check_keepers
+from remanence.train.resolve import check_fits, check_keepers
 from remanence.train.roles import Forgetter, Keeper, Learner, Method, Metric, Where
 from remanence.train.schedules import SCHEDULES
 from remanence.train.settings import Settings
@@ -45,6 +45,7 @@ def check(plan: Plan, document: Document, problems: Problems, allow_code: bool) 
 class _Check:
     def __init__(self, plan: Plan, document: Document, problems: Problems, allow_code: bool) -> None:
         self.given, self.document, self.problems, self.allow_code = plan, document, problems, allow_code
+        self.kind = Regression() if "regression" in (plan.problem or {}) else Classification()
 
     def plan(self) -> dict[str, Any]:
         plan = self.given
@@ -183,6 +184,8 @@ class _Check:
         if not self.knobs((*place, slug), slug, knobs, [item.name for item in dataclasses.fields(cls) if item.init]):
             return spec, None
         made = self._said(place, spec, lambda: cls(**knobs))
+        if made is not None:
+            self._said(place, spec, lambda: check_fits([made], self.kind))
         return {slug: _filled(cls, knobs)}, made
 
     def knobs(self, place: Place, name: str, given: Mapping[str, Any], valid: Sequence[str]) -> bool:

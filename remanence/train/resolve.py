@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from remanence import catalogue
 from remanence.core.errors import BadInput
 from remanence.core.knobs import build
+from remanence.core.problem import Classification, Problem
 from remanence.train.roles import Keeper, Method
 
 M = TypeVar("M", bound=Method)
@@ -58,6 +59,27 @@ def resolve_all(verb: str, values: Any, role: type[M]) -> list[M]:
         return []
     many = values if isinstance(values, Sequence) and not isinstance(values, str) else [values]
     return [resolve(verb, value, role) for value in many]
+
+
+def check_fits(methods: Sequence[Method], problem: Problem) -> None:
+    """Refuse methods that this problem has nothing for.
+
+    Raises:
+        BadInput: a method that needs classes, and a problem without.
+    """
+    for method in methods:
+        part = next(
+            (p for p in catalogue.every() if p.name == type(method).__name__ and p.module == type(method).__module__),
+            None,
+        )
+        if part is not None and "class-head" in part.needs and not isinstance(problem, Classification):
+            name = type(problem).__name__.lower()
+            others = [
+                p.slug
+                for p in catalogue.every()
+                if p.verb == part.verb and p.kind == part.kind and "class-head" not in p.needs
+            ]
+            raise BadInput(f"{part.slug} needs classes, and a {name} has none; there is {', '.join(others)}")
 
 
 def check_keepers(keepers: Sequence[Keeper]) -> None:

@@ -128,7 +128,7 @@ def test_inside_a_call():
     labels = torch.bincount(keeper.buffer.columns["y"], minlength=6)
     assert labels.min() >= 2
     for number, step in enumerate(inside):
-        assert torch.bincount(step["y"], minlength=6).tolist() == [2] * 6 and (step["origin"] == 0).all()
+        assert torch.bincount(step["y"], minlength=6).tolist() == [2] * 6 and (step["origin"] == 1).all()
         wanted = 0.2 * 0.5 * (1 + math.cos(math.pi * max(0, number - 1) / 50))  # u.lr is that of the step before
         assert math.isclose(step["lr"], wanted, rel_tol=1e-9)
     assert keeper.buffer.offered == sum(len(task.train) for task in lived.tasks)  # rows of others are not offered

@@ -6,10 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import remanence as rm
 from remanence.core.errors import BadInput
+from remanence.core.problem import Classification
 from remanence.core.rng import generator
+from remanence.data import Examples
 from remanence.learn.finetune import Finetune
 from remanence.models import mlp
+from remanence.train.settings import Settings
+from remanence.train.update import Update
 from tests.keep.helpers import NEW, Course, rows, same, stream, update
 
 TASK = stream()[1].train
@@ -78,3 +83,42 @@ def test_alone_it_forgets_and_new_rows_forget_less(seed):
 def test_refusals():
     with pytest.raises(BadInput, match="compete"):
         Finetune(compete="old")
+
+
+def test_replayed_rows_compete_among_all_classes() -> None:
+    """compete=new with rows of old classes: the new rows' loss over new columns, the replayed rows' over all; never infinite."""
+    model = mlp(5, [4], 4)
+    data = Examples(
+        {"x": torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), "y": torch.tensor([2, 3, 2, 0, 1, 3])},
+        "rows",
+    )
+    owner = Finetune(compete="new")
+    u = Update(
+        model=model,
+        problem=Classification(),
+        owner=owner,
+        settings=Settings(),
+        data=lambda name: data,
+        labels=[0, 1, 2, 3],
+        new_labels=[2, 3],
+    )
+    batch = {
+        **data.batch(torch.arange(6)),
+        "origin": torch.tensor([0, 0, 0, 1, 1, 1]),
+        "weight": torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0, 3.0]),
+    }
+    logits = model(batch["x"])
+    new = F.cross_entropy(logits[:3, 2:], batch["y"][:3] - 2, reduction="none")
+    old = F.cross_entropy(logits[3:], batch["y"][3:], reduction="none")
+    wanted = (torch.cat([new, old]) * batch["weight"]).sum() / batch["weight"].sum()
+    torch.testing.assert_close(owner.objective(u, batch), wanted)
+    for link in ("softmax", "sigmoid"):
+        for keeper in (rm.keep.Replay(per_class=5), rm.keep.FPF(capacity=20, steps=10)):
+            with rm.Life(
+                rm.models.mlp(64, [16]),
+                learner=Finetune(compete="new"),
+                keep=[keeper],
+                problem={"classification": {"link": link}},
+            ) as life:
+                for task in list(rm.data.split_digits())[:2]:
+                    life.learn(task)  # an infinite loss would fail the event

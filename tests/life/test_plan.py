@@ -387,3 +387,13 @@ def test_plans_with_slips_of_the_pen(slips: list[tuple[int, str, int]]) -> None:
     for at, typed, removed in slips:
         text = text[:at] + typed + text[at + removed :]
     run(text)
+
+
+def test_what_cannot_compose_is_said_at_its_line() -> None:
+    text = "model: {mlp: {}}\nproblem: regression\nstream: split-digits\nkeep: [l2, lwf]\nevents:\n  - learn: 0\n  - forget: {classes: [1], by: salun}\n"
+    with pytest.raises(PlanError) as found:
+        parse_plan(text)
+    said = str(found.value).splitlines()
+    assert len(said) == 2 and said[0].startswith("plan.yaml:4: lwf needs classes, and a regression has none; there is replay")
+    assert said[1].startswith("plan.yaml:7: salun needs classes") and "gradient-ascent" in said[1]
+    assert parse_plan(text.replace("regression", "classification"))
