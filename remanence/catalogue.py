@@ -31,6 +31,7 @@ PARTS: tuple[Part, ...] = (
     Part("refresh-learning", "keep", "method", "schedule", "remanence.keep.refresh_learning:RefreshLearning", ("refresh-learning",), "A Unified and General Framework for Continual Learning, 2024, arXiv 2403.13249", ("labels",)),
     Part("fpf", "keep", "method", "schedule", "remanence.keep.fpf:FPF", ("fpf",), "Does Continual Learning Equally Forget All Parameters?, 2023, arXiv 2304.04158", ("labels", "stores-examples")),
     Part("gpm", "keep", "method", "projection", "remanence.keep.gpm:GPM", (), "Gradient Projection Memory for Continual Learning, 2021, arXiv 2103.09762", ("borders",)),
+    Part("view-batch", "keep", "method", "schedule", "remanence.keep.view_batch:ViewBatch", ("view-batch",), "Do Your Best and Get Enough Rest for Continual Learning, 2025, arXiv 2503.18371", ("class-head", "borders")),
     # where
     Part("saliency", "where", "method", "mask", "remanence.where.saliency:Saliency", ("salun",), "SalUn, 2024, arXiv 2310.12508", ("labels",)),
     Part("hft", "where", "method", "parameter-isolation", "remanence.where.hft:HFT", ("hft",), "HFT: Half Fine-Tuning for Large Language Models, 2024, arXiv 2404.18466", ()),

@@ -7,3 +7,4 @@ from remanence.keep.l2 import L2 as L2
 from remanence.keep.lwf import LwF as LwF
 from remanence.keep.refresh_learning import RefreshLearning as RefreshLearning
 from remanence.keep.replay import Replay as Replay
+from remanence.keep.view_batch import ViewBatch as ViewBatch

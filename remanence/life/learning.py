@@ -147,7 +147,7 @@ def _run(life: Life, task: Task, recipe: Recipe, snapshot_every: int | None) -> 
 
     def checkpoint(u: Update, _source: Any, index: Any, count: int) -> None:
         due = snapshot_every and u.step and u.step % snapshot_every == 0
-        if due and not u._pending and not isinstance(index, list):
+        if due and not u._pending:
             holders = {str(i): part.state_dict() for i, part in enumerate(_stateful(u))}
             manifest = life._snapshots.save(
                 {"position": position(u, index, count), "weights": dict(u.model.state_dict()), "holders": holders}

@@ -21,7 +21,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import remanence
 from remanence import catalogue
 from remanence.core.errors import BadInput, Corrupt, Refused
 from remanence.core.ids import Ids
@@ -121,7 +120,7 @@ def code_sha256(parts: Iterable[Part]) -> str:
 
 @cache
 def _shared_sha256() -> str:
-    root = Path(remanence.__file__).parent
+    root = Path(__file__).parents[1]
     files = [path for folder in _SHARED for path in sorted((root / folder).rglob("*.py"))]
     files += [root / "life" / f"{name}.py" for name in _LIFE] + sorted(root.glob("*/base.py"))
     digest = hashlib.sha256()

@@ -89,7 +89,7 @@ def loop(
                 u.epoch = epoch
                 if not start:
                     _seed(seed_of(u.seed, u.event, u.phase, "forward", u.epoch), u.device)
-                index = torch.tensor(start["index"]) if start else source.index(do.order)
+                index = _index(start["index"]) if start else source.index(do.order)
                 if isinstance(index, list):
                     u.total = max(1, len(index) // u.settings.accumulate) * u.settings.epochs
                 skip = start["batches"] if start else 0
@@ -286,7 +286,7 @@ def position(u: Update, index: Any, batches: int) -> dict[str, Any]:
     return {
         "epoch": u.epoch,
         "batches": batches,
-        "index": index.tolist(),
+        "index": [rows.tolist() for rows in index] if isinstance(index, list) else index.tolist(),
         "step": u.step,
         "steps_done": u.steps_done,
         "pending": u._pending,
@@ -302,6 +302,11 @@ def position(u: Update, index: Any, batches: int) -> dict[str, Any]:
         "new": torch.from_numpy(u.consumed.settle().new.array.copy()),
         "replayed": torch.from_numpy(u.consumed.replayed.array.copy()),
     }
+
+
+def _index(saved: list[Any]) -> Any:
+    """An epoch's example numbers as they were saved: one tensor, or one per batch."""
+    return [torch.tensor(rows) for rows in saved] if saved and isinstance(saved[0], list) else torch.tensor(saved)
 
 
 def _plain_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -47,6 +47,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any] | None, dict[str, Any] | None], ...] 
     ("keep", "fpf", {"steps": 20}, {"k": 0}),
     ("keep", "fpf", {"steps": 20, "objective": "kd", "capacity": 40}, {"capacity": 0}),
     ("keep", "gpm", {"samples": 20}, {"threshold": 0.0}),
+    ("keep", "view-batch", {"views": 2, "start": 1}, {"views": 1}),
     ("where", "saliency", None, {"rho": 1.0}),
     ("where", "hft", None, {"share": 1.0}),
     ("where", "lora", {"rank": 2}, None),

@@ -394,6 +394,8 @@ def test_what_cannot_compose_is_said_at_its_line() -> None:
     with pytest.raises(PlanError) as found:
         parse_plan(text)
     said = str(found.value).splitlines()
-    assert len(said) == 2 and said[0].startswith("plan.yaml:4: lwf needs classes, and a regression has none; there is replay")
+    assert len(said) == 2 and said[0].startswith(
+        "plan.yaml:4: lwf needs classes, and a regression has none; there is replay"
+    )
     assert said[1].startswith("plan.yaml:7: salun needs classes") and "gradient-ascent" in said[1]
     assert parse_plan(text.replace("regression", "classification"))
