@@ -22,6 +22,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
+#: What was tried already and can be built.
+_USABLE: set[str] = set()
+
+
 @dataclass(frozen=True)
 class Settings:
     """The training knobs of one run, checked when made."""
@@ -44,8 +48,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_knobs(self)
-        schedule_of(self.schedule)
-        self.build([torch.nn.Parameter(torch.zeros(1))])
+        said = repr((self.optimizer, self.lr, self.schedule))
+        if said not in _USABLE:  # trying an optimizer takes a quarter of a millisecond, and every event has settings
+            schedule_of(self.schedule)
+            self.build([torch.nn.Parameter(torch.zeros(1))])
+            _USABLE.add(said)
 
     def build(self, params: Any, lr: float | None = None, optimizer: Any = None) -> torch.optim.Optimizer:
         """The optimizer over `params`.
