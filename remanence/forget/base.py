@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from remanence.train.update import Update
 
 #: Up to this many classes the forget set is gone over before the retained data; beyond, both are shuffled into one (Fan et al. 2024).
 SMALL = 10
+#: How forgetters that teach other labels train (Fan et al. 2024).
+RELABELLING: dict[str, Any] = {
+    "epochs": 10,
+    "batch_size": 256,
+    "optimizer": {"sgd": {"momentum": 0.9, "weight_decay": 5e-4}},
+    "lr": 0.013,
+    "schedule": "constant",
+}
 
 
 def other_labels(y: Tensor, columns: Tensor, rng: torch.Generator) -> Tensor:

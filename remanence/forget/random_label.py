@@ -10,7 +10,7 @@ from torch import Tensor
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request
-from remanence.forget.base import RandomLabels
+from remanence.forget.base import RELABELLING, RandomLabels
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
 
@@ -29,13 +29,7 @@ class RandomLabel(Forgetter):
     Deviation from that code: its labels may equal the true one; here, as the paper has it, never.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {
-        "epochs": 10,
-        "batch_size": 256,
-        "optimizer": {"sgd": {"momentum": 0.9, "weight_decay": 5e-4}},
-        "lr": 0.013,
-        "schedule": "constant",
-    }
+    defaults: ClassVar[dict[str, Any]] = RELABELLING
 
     alpha: float = knob(1.0, "weight of the retained data", low=0)
     drive: str = knob("auto", "what an epoch goes over", choices=("auto", "sequence", "mixed", "forget", "retain"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request
-from remanence.forget.base import RandomLabels
+from remanence.forget.base import RELABELLING, RandomLabels
 from remanence.nn.masks import top_fraction
 from remanence.nn.saliency import mean_gradient
 from remanence.train.roles import Forgetter, Outcome
@@ -36,13 +36,7 @@ class SalUn(Forgetter):
     step, which weight decay and momentum would move (as in later versions of the code); `clip` sees the whole gradient.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {
-        "epochs": 10,
-        "batch_size": 256,
-        "optimizer": {"sgd": {"momentum": 0.9, "weight_decay": 5e-4}},
-        "lr": 0.013,
-        "schedule": "constant",
-    }
+    defaults: ClassVar[dict[str, Any]] = RELABELLING
 
     rho: float = knob(0.5, "share of weights that may move; 1 is plain random-label", low=0, high=1)
     alpha: float = knob(1.0, "weight of the retained data", low=0)

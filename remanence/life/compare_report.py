@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
 from rich.console import Group, RenderableType
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from remanence.life.files import write_atomic
 from remanence.life.grid import AS_PLANNED, AXES
+from remanence.life.report import template
 from remanence.life.report_charts import el, marker, svg
 from remanence.life.report_words import DASH, number, percent, size
 
@@ -220,18 +220,11 @@ def _cell(text: str) -> str:
 
 def as_html(data: Mapping[str, Any]) -> str:
     """One page that needs nothing else: tables and, for every request, the picture."""
-    environment = Environment(
-        loader=PackageLoader("remanence.life", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     requests = [
         (title(request), request_table(data, request), pareto(f"p{i}", request))
         for i, request in enumerate(data["requests"])
     ]
-    return environment.get_template("comparison.html.j2").render(
+    return template("comparison.html.j2").render(
         d=data,
         lives=lives_table(data),
         words=len(varied(data)),

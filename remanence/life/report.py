@@ -38,7 +38,7 @@ def render_html(data: Mapping[str, Any]) -> str:
     report = complete(data)
     stand = words.standings(report)
     columns = charts.Columns(report["events"])
-    return _template().render(
+    return template("report.html.j2").render(
         r=report,
         stand=stand,
         tally=words.tally(stand),
@@ -157,8 +157,8 @@ def _loose(report: ReportData, stand: list[words.Standing]) -> list[Any]:
 
 
 @cache
-def _template() -> Template:
-    """The compiled page; it cannot reach any file but its own folder."""
+def template(name: str) -> Template:
+    """A compiled page; it escapes every text, and cannot reach any file but its own folder."""
     environment = Environment(
         loader=PackageLoader("remanence.life", "templates"),
         autoescape=True,
@@ -182,7 +182,7 @@ def _template() -> Template:
         status_glyphs=words.STATUS_GLYPHS,
         marker=charts.marker,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _capital(text: str) -> str:
