@@ -39,7 +39,7 @@ PARTS: tuple[Part, ...] = (
     # forget
     Part("retrain", "forget", "method", "exact", "remanence.forget.retrain:Retrain", (), "the definition of exact unlearning: Machine Unlearning, 2021, arXiv 1912.03817", ("retain-data", "lineage")),
     Part("catastrophic", "forget", "method", "finetuning", "remanence.forget.catastrophic:Catastrophic", (), "Eternal Sunshine of the Spotless Net, 2020, arXiv 1911.04933", ("labels", "retain-data")),
-    Part("gradient-ascent", "forget", "method", "gradient", "remanence.forget.gradient_ascent:GradientAscent", (), "Unrolling SGD, 2022, arXiv 2109.13398", ("labels",)),
+    Part("gradient-ascent", "forget", "method", "gradient", "remanence.forget.gradient_ascent:GradientAscent", (), "Amnesiac Machine Learning, 2021, arXiv 2010.10981; Continual Learning and Private Unlearning, 2022, arXiv 2203.12817", ("labels",)),
     Part("random-label", "forget", "method", "relabelling", "remanence.forget.random_label:RandomLabel", (), "Amnesiac Machine Learning, 2021, arXiv 2010.10981", ("labels", "class-head", "retain-data")),
     Part("ssd", "forget", "method", "weight-saliency", "remanence.forget.ssd:SSD", ("ssd",), "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening, 2024, arXiv 2308.07707", ("labels", "old-data")),
     Part("salun", "forget", "method", "weight-saliency", "remanence.forget.salun:SalUn", ("salun",), "SalUn, 2024, arXiv 2310.12508", ("labels", "class-head", "retain-data")),

@@ -363,7 +363,7 @@ def compare(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Keepers to compare: none, replay, [replay, ewc], {replay: {per_class: 5}}.", show_default=False
+            help="Keepers to compare: none, replay, \\[replay, ewc], {replay: {per_class: 5}}.", show_default=False
         ),
     ] = None,
     learn: Annotated[str | None, typer.Option(help="Learners to compare.", show_default=False)] = None,
@@ -374,7 +374,7 @@ def compare(
         int, typer.Option(min=1, help="How many lives of each variant, counted from the plan's seed.")
     ] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
-    references: Annotated[int, typer.Option(min=1, help="Models retrained for each request.")] = 3,
+    references: Annotated[int, typer.Option(min=2, help="Models retrained for each request.")] = 3,
     home: Annotated[
         Path | None, typer.Option(help="The folder; default: runs/NAME-compare.", show_default=False)
     ] = None,
@@ -550,7 +550,8 @@ def redact(home: HomeArgument, yes: Yes = False, allow_drift: Drift = False) -> 
     """Remove ids, texts and salts of requests that are deleted everywhere; the chain stays whole."""
     if not yes:
         typer.confirm(
-            "Who was forgotten cannot be looked up afterwards, and the ids in the plan are blanked with them. Go on?",
+            "Who was forgotten cannot be looked up afterwards, nor known again if it comes in with later data, and the ids in the "
+            "plan are blanked with them. Go on?",
             abort=True,
         )
     with _open(home, allow_drift=allow_drift) as life:
@@ -565,10 +566,12 @@ def delete(home: HomeArgument, yes: Yes = False) -> None:
     from remanence.life.home import delete as remove
 
     if not yes and (home / "ledger.db").is_file():
-        names = sorted(path.name for path in home.iterdir() if path.name != "lock")
-        typer.confirm(f"Delete {home} with {', '.join(names)}?", abort=True)
+        typer.confirm(f"Delete the life in {home} with its ledger, snapshots, receipts and reports?", abort=True)
     names = remove(home)
-    _print(f"Deleted {', '.join(names)} in {home}. Copies and backups elsewhere are not reached.")
+    left = sorted(path.name for path in home.iterdir()) if home.is_dir() else []
+    _print(f"Deleted {', '.join(names)} in {home}. Copies, backups and references kept elsewhere are not reached.")
+    if left:
+        _print(f"Left, for it is not of this life: {', '.join(left)}.")
 
 
 @app.command()

@@ -72,7 +72,7 @@ class Request:
         """The request in words, without any id."""
         words = []
         if self.ids is not None:
-            words.append(f"{len(self.ids)} given examples")
+            words.append(f"{len(self.ids)} given example{'s' if len(self.ids) != 1 else ''}")
         if self.originals is not None:
             words.append(f"every copy of {len(self.originals)} examples")
         for name in COLUMNS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from remanence.data import Request
 from remanence.train.roles import Forgetter, Outcome
@@ -21,6 +22,8 @@ class Retrain(Forgetter):
     Pick it when the request must be met exactly, and when the life is short. Needs: all retained data.
     Reference: Bourtoule et al. 2021, "Machine Unlearning", arXiv 1912.03817, which takes it for the definition.
     """
+
+    trains: ClassVar[bool] = False
 
     def forget(self, u: Update, request: Request) -> Outcome:
         return Outcome(exact=True, model=u.retrain(u.data("forget").ids, u.seed))

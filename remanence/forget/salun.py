@@ -33,7 +33,8 @@ class SalUn(Forgetter):
     statistics are not masked. Reference: Fan et al. 2024, "SalUn: Empowering Machine Unlearning via Gradient-based Weight
     Saliency in Both Image Classification and Generation", arXiv 2310.12508. Deviations: the gradient counts examples equally (the
     official code adds up batch means); labels never equal the true one (the code's may); masked entries are put back after each
-    step, which weight decay and momentum would move (as in later versions of the code); `clip` sees the whole gradient.
+    step, which weight decay and momentum would move (as in later versions of the code); `clip` sees the whole gradient; ``soft`` follows
+    `drive`, where the code always mixes. With several classes asked for, y' may be another of them.
     """
 
     defaults: ClassVar[dict[str, Any]] = RELABELLING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class SSD(Forgetter):
     (or as much as can be reached) for I_D. Reference: Foster et al. 2024, "Fast Machine Unlearning Without Retraining Through
     Selective Synaptic Dampening", arXiv 2308.07707.
     """
+
+    trains: ClassVar[bool] = False
 
     selection: float = knob(
         10.0, "alpha: how much more a weight must matter to the forget set; smaller selects more", low=0

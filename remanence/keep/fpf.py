@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,8 @@ class FPF(Keeper):
     M is not chosen by it. Rate and steps are not the paper's but those that restore the digits in the tests.
     """
 
+    moves_at_end: ClassVar[bool] = True
+
     k: int = knob(1, "calls per event; 0: none", low=0)
     modules: str | list[str] = knob("norm+head", "what is trained: norm+head, or names of modules")
     capacity: int = knob(200, "examples in the reservoir", low=0)
@@ -66,13 +69,13 @@ class FPF(Keeper):
 
     def loss(self, u: Update, batch: Batch) -> None:
         """Adds nothing; takes this step's outputs for the rows that `after` may store."""
-        if self.objective == "kd" and u.kind == "learn" and u.epoch == 0:
+        if self.objective == "kd" and u.kind == "learn" and u.epoch < u.sweep:
             self._logits = u.out(batch).logits.detach()
 
     def after(self, u: Update, batch: Batch) -> None:
         if u.kind != "learn":
             return
-        if u.epoch == 0:
+        if u.epoch < u.sweep:
             self._add(u, batch)
         if u.total and u.step < u.total and u.step * self.k // u.total > self.called * self.k // u.total:
             self.called = u.step

@@ -32,11 +32,12 @@ class RefreshLearning(Keeper):
 
     Pick it to add about a point to replay methods, at twice the cost of a step. Needs: labels or targets. After a
     forget the Fisher is taken again from the new weights and the retained data.
-    Reference: Wang et al. 2024, "A Unified and General Framework for Continual Learning", arXiv 2403.13249. This is
-    the released code, whose rate of the inner step (0.01) cancels in the norm matching. The paper climbs the whole
-    objective by gamma F^-1 grad with noise N(0, 2 gamma F^-1); that is not offered, as F^-1 has no bound. A tensor of
-    zeros (a fresh bias) moves by the noise alone. Other keepers' `project` does not see the climb, only the step
-    after it.
+    Reference: Wang et al. 2024, "A Unified and General Framework for Continual Learning", arXiv 2403.13249. The climb is
+    the released code's, whose rate of the inner step (0.01) cancels in the norm matching; as in the paper it comes before
+    the step (the code climbs after it, on the batch just learned) and the Fisher is taken in eval mode. The paper climbs
+    the whole objective by gamma F^-1 grad with noise N(0, 2 gamma F^-1); that is not offered, as F^-1 has no bound. A
+    tensor of zeros (a fresh bias) moves by the noise alone, and a batch of one row does not climb. Other keepers'
+    `project` does not see the climb, only the step after it.
     """
 
     delta: float = knob(1e-5, "length of the climb, relative to each tensor's norm", low=0)

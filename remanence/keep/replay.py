@@ -49,7 +49,7 @@ class Replay(Keeper):
         )
 
     def after(self, u: Update, batch: Batch) -> None:
-        if self.policy == "reservoir" and u.kind == "learn" and u.epoch == 0:
+        if self.policy == "reservoir" and u.kind == "learn" and u.epoch < u.sweep:
             self._add(u, {name: column[batch["origin"] == 0] for name, column in batch.items()})
 
     def end(self, u: Update) -> None:

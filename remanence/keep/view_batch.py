@@ -39,6 +39,9 @@ class ViewBatch(Keeper):
     def inert(self) -> bool:
         return self.views == 1
 
+    def begin(self, u: Update) -> None:
+        u.sweep = self.views
+
     def order(self, u: Update, index: Tensor) -> list[Tensor]:
         rng = torch.Generator().manual_seed(u.seed_of(f"view-batch/{u.epoch // self.views}"))
         whole, part = torch.randperm(len(index), generator=rng), u.epoch % self.views

@@ -21,8 +21,8 @@ class Finetune(Learner):
 
     With ``compete="new"`` only the classes of this task compete, so rows of old classes get no gradient from it: with the
     sigmoid link this is L_c of Smith et al. (arXiv 2203.17269), the cure of head bias in rehearsal-free learning. Rows that a
-    keeper replays compete among all classes seen, for their own may be an old one (the asymmetric cross-entropy of Caccia et al.
-    2022, arXiv 2104.05025).
+    keeper replays, and rows of old classes, compete among all classes seen, for their own would be barred (the asymmetric
+    cross-entropy of Caccia et al. 2022, arXiv 2104.05025, who add up two means where this is one over all rows).
 
     Pick it with a keeper beside it; alone it forgets. Needs: labels or targets.
     """
@@ -34,11 +34,13 @@ class Finetune(Learner):
     def objective(self, u: Update, batch: Batch) -> Tensor:
         if self.compete == "seen" or not len(u.classes.new):
             return u.problem.loss(u.out(batch), batch, u.classes.seen)
-        replayed = batch.get("origin", torch.zeros(1)) > 0
-        if not bool(replayed.any()):
+        among_all = batch.get("origin", torch.zeros_like(batch["y"])) > 0
+        if not batch["y"].is_floating_point():  # a task may bring old classes, too
+            among_all = among_all | ~torch.isin(batch["y"], u.classes.new)
+        if not bool(among_all.any()):
             return u.problem.loss(u.out(batch), batch, u.classes.new)
         losses, weights = [], []
-        for rows, columns in ((~replayed, u.classes.new), (replayed, u.classes.seen)):
+        for rows, columns in ((~among_all, u.classes.new), (among_all, u.classes.seen)):
             mine = {name: column[rows] for name, column in batch.items()}
             losses.append(u.problem.losses(Out(u.out(batch).logits[rows]), mine, columns))
             weights.append(mine.get("weight", torch.ones_like(losses[-1])))

@@ -46,7 +46,7 @@ class NMC(Learner):
         return {}
 
     def steps(self, u: Update, batch: Batch) -> Iterator[Step]:
-        if u.epoch == 0:
+        if u.epoch < u.sweep:
             with evaluating(u.model):
                 self._add(u, batch)
         yield Step(None)

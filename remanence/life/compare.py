@@ -22,6 +22,7 @@ from remanence.core.errors import BadInput, Refused, RemanenceError
 from remanence.life.files import canonical, plain_errors, write_atomic
 from remanence.life.grid import AXES, Cell, Group, choices, expand, groups, prefix_text
 from remanence.life.home import begun
+from remanence.life.lock import Lock
 from remanence.life.plan import load_plan
 from remanence.life.surroundings import versions
 from remanence.measure.evidence import compare_distances, interval
@@ -62,7 +63,7 @@ def compare(
         learn, keep, where, forget: alternatives in the syntax of plans, see `grid.choices`; None: as planned.
         seeds: how many, counted from the plan's own, or which.
         jobs: processes at a time.
-        references: models retrained for each request.
+        references: models retrained for each request, at least 2: one has no spread.
         folder: default ``runs/<plan name>-compare``.
         told: called with (cells done, cells in all, what was done last).
 
@@ -78,8 +79,10 @@ def compare(
             "a comparison runs its lives in processes of their own, from plans that may not run code; name a model and a stream of ours"
         )
     numbers = list(range(plan.seed, plan.seed + seeds)) if isinstance(seeds, int) else list(seeds)
-    if not numbers or jobs < 1 or references < 1:
-        raise BadInput(f"seeds={seeds}, jobs={jobs}, references={references}: each must be at least 1")
+    if not numbers or jobs < 1 or references < 2:
+        raise BadInput(
+            f"seeds={seeds}, jobs={jobs}, references={references}: jobs and seeds are at least 1, references at least 2"
+        )
     root = Path(folder) if folder is not None else Path("runs") / f"{plan.name}-compare"
     axes = {
         "learner": choices("learner", learn),
@@ -93,7 +96,8 @@ def compare(
     if kept.exists() and kept.read_text(encoding="utf-8") != plan.source:
         raise Refused(f"{root} holds the comparison of another plan; choose another --home, or delete the folder")
     write_atomic(kept, plan.source.encode())
-    _run(root, cells, jobs, told)
+    with Lock(root):
+        _run(root, cells, jobs, told)
     made = {
         "name": plan.name,
         "seeds": numbers,
@@ -115,6 +119,12 @@ def _run(root: Path, cells: Sequence[Cell], jobs: int, told: Told | None) -> Non
         told(done, len(cells), f"{done} of {len(cells)} lives were lived before" if done else "")
     if not open_:
         return
+    for left in [
+        root / "beginnings",
+        root / "work",
+        *(root / "cells").glob(".*"),
+    ]:  # of a run that was killed: they hold examples
+        shutil.rmtree(left, ignore_errors=True)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(run_group, str(root), group): group for group in groups(open_)}
         try:
@@ -173,13 +183,13 @@ def _live(home: Path, text: str, root: Path) -> dict[str, Any]:
 
 def _copy(beginning: Path, home: Path, text: str) -> None:
     """Begin a life as a copy of its group's beginning."""
-    part = home.with_name(f".{home.name}.{os.getpid()}")
+    part = home.with_name(f".{home.name}")
     with plain_errors(home):
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(beginning, part, ignore=shutil.ignore_patterns("lock", "work", "report.*"))
+        write_atomic(part / "plan.yaml", text.encode())
         shutil.rmtree(home, ignore_errors=True)
         os.rename(part, home)
-    write_atomic(home / "plan.yaml", text.encode())
 
 
 def _result(root: Path, cell: Cell) -> dict[str, Any] | None:
@@ -228,7 +238,10 @@ def _lives(variants: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) 
 
 def _figure(report: Mapping[str, Any], name: str) -> float | None:
     if name == "seconds":
-        return sum(event["seconds"] or 0.0 for event in report["events"])
+        learned = sum(event["seconds"] or 0.0 for event in report["events"] if event.get("kind", "learn") == "learn")
+        return learned + sum(
+            receipt["cost"]["seconds"] or 0.0 for receipt in report["receipts"]
+        )  # evidence is no cost of the life
     if name == "bytes":
         return float(
             sum(holder["bytes"] for holder in report["holders"] if holder["name"] not in ("snapshots", "references"))

@@ -71,11 +71,11 @@ def learn_event(
     """
     if not len(task.train):
         raise BadInput("the task has no examples left to learn")
-    new = _new_labels(state, task, problem)
+    added, new, old = _new_labels(state, task, problem)
     learner = state.learner if recipe.learner is None else resolve("learn", recipe.learner, Learner)
     keepers = state.keepers if recipe.keep is None else resolve_all("keep", recipe.keep, Keeper)
     wheres = resolve_all("where", recipe.where, Where)
-    state.labels += new
+    state.labels, state.met = state.labels + added, old + new
     sources = {"task": lambda: task.train, "seen": lambda: cat([*history, task.train])}
     u = Update(
         model=state.model,
@@ -86,6 +86,7 @@ def learn_event(
         parts=[*keepers, *wheres],
         labels=state.labels,
         new_labels=new,
+        old_labels=old,
         tasks=tasks,
         task=task,
         device=device,
@@ -106,19 +107,22 @@ def learn_event(
     return u, consumed
 
 
-def _new_labels(state: State, task: Task, problem: Problem) -> list[int]:
+def _new_labels(state: State, task: Task, problem: Problem) -> tuple[list[int], list[int], list[int]]:
+    """Labels that get a column now; that the life meets now; and that it has met before. Where the problem fixes its classes, the
+    columns are all there from the first event on, but who is new is told by the data."""
     if not isinstance(problem, Classification):
-        return []
+        return [], [], []
     present = [int(label) for label in task.train["y"].unique().tolist()]
     order = [label for label in task.classes if label in present] + [
         label for label in present if label not in task.classes
     ]
+    new = [label for label in order if label not in state.met]
     if problem.classes is None:
-        return [label for label in order if label not in state.labels]
+        return new, new, list(state.met)
     strange = [label for label in order if label not in problem.classes]
     if strange:
         raise BadInput(f"labels {strange} are not among the problem's classes {problem.classes}")
-    return [] if state.labels else list(problem.classes)
+    return [] if state.labels else list(problem.classes), new, list(state.met)
 
 
 def _pick(sources: dict[str, Callable[[], Examples]], name: str) -> Examples:

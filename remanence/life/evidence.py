@@ -12,7 +12,8 @@ import torch
 from remanence.core.errors import BadInput
 from remanence.core.problem import Classification
 from remanence.core.rng import seed_of
-from remanence.data import Examples, cat
+from remanence.data import Examples, Task, cat
+from remanence.life.learning import content
 from remanence.measure import attacks, divergence
 from remanence.measure.evidence import Cell, compare, compare_distances, earned_unlearned, leave_one_out
 from remanence.train.update import Context
@@ -36,7 +37,9 @@ def split(life: Life, part: str) -> list[Examples]:
     index = list(SPLITS).index(part)
     salt = seed_of(life.seed, "held-out split")
     found = []
-    for test in {learned.task.id: learned.task.test for learned in life._learned if learned.task is not None}.values():
+    for test in {
+        learned.task.id: _unlearned(life, learned.task) for learned in life._learned if learned.task is not None
+    }.values():
         mixed = (test.id.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(salt)
         mixed ^= mixed >> np.uint64(31)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)
@@ -44,6 +47,16 @@ def split(life: Life, part: str) -> list[Examples]:
         chosen = (share >= bounds[index]) & (share < bounds[index + 1])
         found.append(test.select(torch.from_numpy(np.flatnonzero(chosen))))
     return found
+
+
+def _unlearned(life: Life, task: Task) -> Examples:
+    """The task's held-out rows without those that the life learned: bare examples are measured on themselves, and are no strangers."""
+    test = task.test
+    for learned in life._learned:
+        shared = test.ids & learned.ids
+        if shared and learned.task is not None and content(learned.task.train, shared) == content(test, shared):
+            test = test.without(shared)
+    return test
 
 
 @dataclass
@@ -64,11 +77,8 @@ class Assessor:
     def __init__(self, life: Life, forget: Examples, retain: Examples) -> None:
         self.life, self.forget, self.retain = life, forget, retain
         held = [part for part in split(life, "report") if len(part)]
-        lost = (
-            set()
-            if not isinstance(life.problem, Classification)
-            else set(forget["y"].tolist()) - set(retain["y"].tolist())
-        )
+        kept = set(retain["y"].tolist()) if isinstance(life.problem, Classification) else set()
+        lost = {label for part in held for label in part["y"].tolist()} - kept if kept else set()
         self.test = _without_labels(held, lost)
         self.classifies = isinstance(life.problem, Classification)
         self.members: Examples | None

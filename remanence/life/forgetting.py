@@ -124,6 +124,10 @@ def forget(
     keepers, wheres = resolve_all("keep", keep, Keeper), resolve_all("where", where, Where)
     check_keepers(keepers)
     check_fits([method, *keepers, *wheres], life.problem)
+    if not method.trains and (keepers or wheres):
+        raise BadInput(
+            f"{method.slug} trains nothing in the request itself, so keep and where cannot act in it; leave them out"
+        )
     made = Settings(**{**method.defaults, **settings})
     seeds = seeds_of(verify)
     try:
@@ -132,6 +136,7 @@ def forget(
         repeated = _repeat(life, asked)
         if repeated is not None:
             return repeated
+        asked.ids = asked.ids - (life._books.tombstones - life._books.holding())  # deleted by an earlier request
         _check(life, asked)
     except (Refused, UnknownName) as error:
         with life._ledger.begin() as tx:
@@ -193,7 +198,7 @@ def _repeat(life: Life, asked: _Asked) -> Receipt | None:
         return None
     deleted = not (asked.ids & life._books.consumed) - life._books.states["deleted"]
     same = rows[-1].body["method"] == asked.by.spec() and rows[-1].body["settings"] == _jsonable(asked.settings)
-    if not deleted and not same:
+    if not deleted and not (same and rows[-1].body["seeds"] >= asked.seeds):
         return None
     number = rows[-1].body["number"]
     return next((receipt for receipt in life.receipts if receipt.number == number), None)
@@ -266,10 +271,17 @@ def open_request(life: Life) -> Row | None:
     return None if later else asked
 
 
-def continue_request(life: Life) -> None:
+def continue_request(life: Life, opening: bool = False) -> None:
     """After a crash: carry out the request that was accepted but not committed, from its row and with the same seed."""
     row = open_request(life)
-    if row is None or any(learned.task is None for learned in life._learned):
+    if row is None:
+        return
+    if any(learned.task is None for learned in life._learned):
+        if not opening:
+            raise Refused(
+                f"forget request {row.body['number']} was accepted and not carried out yet, which needs the data: "
+                "Life.resume(home, model, data=...)"
+            )
         return
     private = life._ledger.get_private(f"request/{row.body['number']}")
     body = row.body
@@ -304,14 +316,14 @@ def _carry_out(life: Life, asked: _Asked) -> Receipt:
         manifest = life._snapshots.save(life._state.pack())
         reached("stage")
         row = _commit(life, asked, work, measured, manifest, time.perf_counter() - start)
+        life._enter(row)
+        life._settle_inputs()
+        life._references.clear()
     except BaseException as error:
         life._roll_back(error, label)
         if isinstance(error, NotFinite | EventFailed):
             raise EventFailed(f"{label} failed and the life is as it was before: {error}") from error
         raise
-    life._enter(row)
-    life._settle_inputs()
-    life._references.clear()
     reached("commit")
     finish(life)
     found: Receipt = next(receipt for receipt in life.receipts if receipt.number == asked.number)
@@ -347,7 +359,7 @@ def _work(life: Life, asked: _Asked) -> _Work:
     outcome, steps = _run(life, asked, forget_set, retain_set, retained, gone)
     seconds = {"method": time.perf_counter() - clock}
     if outcome.exact:  # found in a shared folder, it costs what it cost
-        seconds["method"] = max(seconds["method"], seconds_of(life, gone, life.seed))
+        seconds["method"] = seconds_of(life, gone, life.seed) or seconds["method"]
     life._finite()
     after = assessor.answers(life._state)
     _limit(asked, before["figures"], after["figures"])
@@ -392,6 +404,7 @@ def _run(
             data=lambda name: _source(sources, name),
             parts=parts,
             labels=state.labels,
+            old_labels=state.met,
             tasks=life._tasks(),
             device=life.device,
             seed=life.seed,
@@ -451,8 +464,12 @@ def consumed_by(life: Life, event: int) -> Ids:
 
 
 def _limit(asked: _Asked, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-    drop = before.get("test accuracy", 0.0) - after.get("test accuracy", 0.0)
-    if asked.limit is not None and drop > asked.limit:
+    if asked.limit is None:
+        return
+    if "test accuracy" not in before:
+        raise EventFailed("a limit is a drop of held-out accuracy, and this life has none to look at; leave it out")
+    drop = before["test accuracy"] - after.get("test accuracy", 0.0)
+    if drop > asked.limit:
         raise EventFailed(
             f"held-out accuracy fell by {drop:.3f}, more than the limit {asked.limit}; try a gentler setting of {asked.by.slug}"
         )
@@ -520,6 +537,9 @@ def finish(life: Life) -> None:
         reached("look again")
         _receipt(life, row, owed["erase"], remaining)
         reached("receipt")
+    gone = life._books.tombstones  # a reference that could not be reached then is tried again at every open
+    known = life._ledger.get_current("references", [])
+    _drop_references(life, [entry["key"] for entry in known if gone & life._ids(entry["ids"])])
     copy_receipts(life)
     reached("file")
 
@@ -639,10 +659,15 @@ def _receipt(life: Life, row: Row, erased: list[str], remaining: list[dict[str, 
 def redact(life: Life) -> list[str]:
     """See `Life.redact`."""
     from remanence.life.plan import without_ids
+    from remanence.life.summary import planned
     from remanence.life.tracing import trace
 
     life._writable()
-    said, gone = [], Ids()
+    if planned(life) > len(life._rows) + life._ledger.get_current("repeated", 0):
+        raise Refused(
+            "the plan has events to come, which may name ids; live it to its end first (remanence resume HOME)"
+        )
+    said = []
     rows = life._ledger.rows("receipt")
     for row in rows:
         number, ids = int(row.body["id"]), life._ids(row.body["ids"]) if row.body["n"] else Ids()
@@ -654,11 +679,12 @@ def redact(life: Life) -> list[str]:
             continue
         with life._ledger.begin() as tx:
             tx.delete_private(f"request/{number}")
+            life._ledger.lineage.redact(ids)
             tx.append("redacted", {"number": number}, {"at": time.time()})
-        gone = gone | ids
         said.append(f"request {number} redacted")
-    if gone:
-        life._ledger.lineage.redact(gone)
+    if life._ledger.last("redacted") is not None and not life._ledger.private_keys(
+        "request/"
+    ):  # also what a kill left undone
         if life._plan is not None:
             life._plan = without_ids(life._plan, "redacted")
             life._write("plan.yaml", life._plan.encode())

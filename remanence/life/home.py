@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -27,8 +28,20 @@ def begun(home: str | Path) -> bool:
         return True
 
 
+#: What a life puts into its home; whatever else lies there is not ours.
+_OWN = re.compile(
+    r"ledger\.db(-wal|-shm|-journal)?|plan\.yaml|report\.(html|json)|cell\.json|snapshots|receipts|work|lock"
+)
+
+
+def unlived(home: str | Path) -> bool:
+    """Whether the life in a home was born and nothing has happened to it yet, so that it can begin anew."""
+    with Ledger(Path(home) / "ledger.db", read_only=True) as ledger:
+        return not ledger.rows(("learn", "forget", "asked", "receipt"))
+
+
 def delete(home: str | Path) -> list[str]:
-    """Delete a life with everything it remembers; returns what was in it.
+    """Delete a life with everything it remembers; returns what was deleted. Files in the folder that are no life's stay.
 
     Raises:
         BadInput: the folder is no life's home.
@@ -39,7 +52,9 @@ def delete(home: str | Path) -> list[str]:
         raise BadInput(f"{root} is no life's home (no ledger.db); nothing was deleted")
     lock = Lock(root)
     try:
-        names = sorted(path.name for path in root.iterdir() if path.name != "lock")
+        names = [path.name for path in root.iterdir() if _OWN.fullmatch(path.name) and path.name != "lock"]
+        # the ledger last: it is what makes the folder a home, so that a deletion that was killed can be asked for again
+        names.sort(key=lambda name: (name == "ledger.db", name))
         with plain_errors(root):
             for name in names:
                 path = root / name

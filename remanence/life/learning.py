@@ -61,7 +61,7 @@ def learn(
     canonical(recipe.as_json())  # refuses what cannot be written down
     _check_task(life, task)
     fingerprint = task.fingerprint()
-    life._given[fingerprint] = task
+    given = task
     gone = task.train.ids & life._books.tombstones
     if gone and not allow_forgotten:
         if len(gone) == len(task.train):
@@ -81,6 +81,7 @@ def learn(
             life,
             task,
             fingerprint,
+            given,
             recipe,
             u,
             consumed,
@@ -105,9 +106,9 @@ def _check_task(life: Life, task: Task) -> None:
         task.test.check()
     if "y" not in task.train.columns:
         raise BadInput(f"{task.train.source}: classification and regression need a column 'y'")
-    if isinstance(life.problem, Classification) and task.train["y"].dim() == 1 and task.train["y"].is_floating_point():
+    if isinstance(life.problem, Classification) and task.train["y"].is_floating_point():
         raise BadInput(
-            f"{task.train.source}: y has type {task.train['y'].dtype}; classification needs integer labels (or use problem='regression')"
+            f"{task.train.source}: y has type {task.train['y'].dtype}; a life of classification needs integer labels (N,) (or use problem='regression')"
         )
     if not len(task.train):
         raise BadInput(f"task {task.id} has no training examples")
@@ -132,7 +133,7 @@ def _differs(learned: Learned, task: Task) -> bool:
     if learned.task is None:
         return learned.about.get("source") != task.train.source
     shared = task.train.ids & learned.task.train.ids
-    return bool(shared) and _content(learned.task.train, shared) != _content(task.train, shared)
+    return bool(shared) and content(learned.task.train, shared) != content(task.train, shared)
 
 
 def _run(life: Life, task: Task, recipe: Recipe, snapshot_every: int | None) -> tuple[Update, Consumed]:
@@ -177,6 +178,7 @@ def _commit(
     life: Life,
     task: Task,
     fingerprint: str,
+    given: Task,
     recipe: Recipe,
     u: Update,
     consumed: Consumed,
@@ -185,6 +187,8 @@ def _commit(
     seconds: float,
 ) -> Row:
     manifest = life._snapshots.save(life._state.pack())
+    before = (life._rows[-1] if life._rows else life._born).body["weights_sha256"]
+    moved = weights_sha256(life.model.state_dict())  # a keeper may move them where the learner does not
     entries = life._ledger.get_current("snapshots")
     kept = [entry for entry in entries if entry["event"] == 0] + [entry for entry in entries if entry["event"]][-1:]
     body = {
@@ -203,7 +207,7 @@ def _commit(
         "learner": next(iter(u.owner.spec())),
         "keep": [part.slug for part in u.parts if isinstance(part, Keeper)],
         "where": [part.slug for part in u.parts if isinstance(part, Where)],
-        "moves_weights": getattr(u.owner, "moves_weights", True),
+        "moves_weights": getattr(u.owner, "moves_weights", True) or moved != before,
         "steps": u.steps_done,
         "skipped_forgotten": skipped,
         "labels": list(life._state.labels),
@@ -221,6 +225,7 @@ def _commit(
         row = tx.append("learn", body, {"seconds": seconds, "at": time.time(), "erased": erased})
         tx.set_current("snapshots", [*kept, future])
         tx.set_current("checkpoint", None)
+    life._given[fingerprint] = given
     life._learned.append(Learned(recipe, task, consumed.new, body["task"]))
     life._enter(row)
     life._settle_inputs()
@@ -252,6 +257,7 @@ def _labels(examples: Examples) -> list[int]:
     return [int(v) for v in y.unique()] if isinstance(y, Tensor) and not y.is_floating_point() else []
 
 
-def _content(examples: Examples, ids: Ids) -> str:
+def content(examples: Examples, ids: Ids) -> str:
+    """A fingerprint of the rows of `ids`, whatever order they stand in."""
     part = examples.only(ids)
     return part.select(torch.argsort(part.id)).fingerprint()

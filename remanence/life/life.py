@@ -276,7 +276,7 @@ class Life:
             life._load_current()
             life._finish_owed()
             life._sweep()
-            life._continue_request()
+            life._continue_request(opening=True)
         except BaseException:
             life.close()
             raise
@@ -587,10 +587,10 @@ class Life:
 
         finish(self)
 
-    def _continue_request(self) -> None:
+    def _continue_request(self, opening: bool = False) -> None:
         from remanence.life.forgetting import continue_request
 
-        continue_request(self)
+        continue_request(self, opening)
 
     def _context(self, state: State | None = None) -> Context:
         return (state or self._state).context(self.problem, self._tasks(), self.device)
@@ -614,7 +614,8 @@ class Life:
 
     def _lost_labels(self, learned: Sequence[Learned] | None = None) -> list[int]:
         """Labels of which every example ever learned was forgotten."""
-        if not isinstance(self.problem, Classification) or not self._books.tombstones:
+        asked = bool(self._books.tombstones) or any(row.kind == "forget" and row.body["n"] for row in self._rows)
+        if not isinstance(self.problem, Classification) or not asked:
             return []
         ever: set[int] = set()
         left: set[int] = set()
@@ -622,7 +623,7 @@ class Life:
             if item.task is not None:
                 y, ids = item.task.train["y"], item.task.train.id.numpy()
                 mine = item.ids.isin(ids)
-                ever.update(y[torch.from_numpy(mine)].unique().tolist())
+                ever.update(y.unique().tolist())  # of redacted rows nobody knows any more that they were learned
                 left.update(y[torch.from_numpy(mine & ~self._books.tombstones.isin(ids))].unique().tolist())
         return sorted(ever - left)
 
@@ -660,6 +661,7 @@ class Life:
         self._load_current()
         self._replay_rows()
         self._settle_inputs()
+        self._references.clear()
         if not isinstance(error, KeyboardInterrupt | SystemExit):
             try:
                 with self._ledger.begin() as tx:

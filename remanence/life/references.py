@@ -31,8 +31,8 @@ from remanence.life.files import canonical, plain_errors, sha256, sync_folder, w
 from remanence.life.snapshots import Snapshots, weights_sha256
 from remanence.life.state import State
 from remanence.life.surroundings import versions
-from remanence.train.resolve import resolve_all
-from remanence.train.roles import Where
+from remanence.train.resolve import resolve, resolve_all
+from remanence.train.roles import Keeper, Learner, Method, Where
 
 if TYPE_CHECKING:
     from remanence.life.life import Life
@@ -42,7 +42,21 @@ __all__ = ["References", "code_sha256", "kept_bytes", "live_again", "seconds_of"
 _KEY = re.compile(r"[0-9a-f]{64}")
 #: What a result depends on beside the parts in use: the floors below them, and how a life runs and measures.
 _SHARED = ("core", "nn", "models", "data", "train", "measure")
-_LIFE = ("life", "learning", "forgetting", "events", "state", "evidence", "books", "record")
+_LIFE = (
+    "life",
+    "learning",
+    "forgetting",
+    "events",
+    "state",
+    "evidence",
+    "books",
+    "record",
+    "references",
+    "snapshots",
+    "tracing",
+    "summary",
+    "run",
+)
 
 
 class References:
@@ -102,9 +116,10 @@ class References:
         path = self._path(key)
         with plain_errors(path):
             (path / "manifest.json").unlink(missing_ok=True)
-            if path.exists():
-                shutil.rmtree(path)
-                sync_folder(self.folder)
+            for dead in [path, *self.folder.glob(f".{key[:16]}.*")]:  # what a killed `put` left, too
+                if dead.exists():
+                    shutil.rmtree(dead)
+                    sync_folder(self.folder)
 
     def bytes(self, key: str) -> int:
         """Bytes on the disk."""
@@ -150,8 +165,13 @@ def live_again(life: Life, gone: Ids, seed: int) -> State:
         tasks = [(learned.recipe, learned.retained(gone)) for learned in life._learned]
         left = [(recipe, task) for recipe, task in tasks if task is not None]
         state = life._fresh_state(life._initial(seed), metrics=False)
-        name = _key(life, state, left, seed) if life._store is not None else ""
-        kept = life._store.get(name) if life._store is not None else None
+        name = _key(life, state, left, seed) if life._store is not None else None
+        kept = None
+        if life._store is not None and name is not None:
+            _register(
+                life, name, [task for _, task in left]
+            )  # first: a kill must not leave one that nobody answers for
+            kept = life._store.get(name)
         if kept is not None:
             state.load(kept["state"], copy.deepcopy(state.model))
             seconds = float(kept["seconds"])
@@ -164,9 +184,8 @@ def live_again(life: Life, gone: Ids, seed: int) -> State:
                 )  # fmt: skip
                 history.append(task.train)
             seconds = time.perf_counter() - clock
-        if life._store is not None:
+        if life._store is not None and name is not None:
             life._store.put(name, {"state": state.pack(), "seconds": seconds})
-            _register(life, name, [task for _, task in left])
         life._references[key], life._retraining[key] = state, seconds
     return life._references[key]
 
@@ -176,11 +195,20 @@ def seconds_of(life: Life, gone: Ids, seed: int) -> float:
     return life._retraining.get((gone.digest(), seed), 0.0)
 
 
-def _key(life: Life, fresh: State, left: Sequence[tuple[Recipe, Task]], seed: int) -> str:
-    """The hash of all that makes a reference: two lives that would retrain the same model find the same one."""
-    methods = [fresh.learner, *fresh.keepers, *resolve_all("where", life._where, Where)]
+def _key(life: Life, fresh: State, left: Sequence[tuple[Recipe, Task]], seed: int) -> str | None:
+    """The hash of all that makes a reference: two lives that would retrain the same model find the same one. None: it depends on
+    code that is not ours, which no hash tells, so that it is not shared."""
+    methods: list[Method] = [fresh.learner, *fresh.keepers, *resolve_all("where", life._where, Where)]
+    for recipe, _ in left:
+        methods += [] if recipe.learner is None else [resolve("learn", recipe.learner, Learner)]
+        methods += [*resolve_all("keep", recipe.keep, Keeper), *resolve_all("where", recipe.where, Where)]
+    kinds = {type(thing) for thing in [*methods, *fresh.model.modules()]}
+    if any(kind.__module__.partition(".")[0] not in ("remanence", "torch") for kind in kinds):
+        return None
     about = {
         "weights": weights_sha256(fresh.model.state_dict()),
+        "model": repr(fresh.model),
+        "device": str(life.device),
         "problem": life.problem.spec(),
         "methods": [method.spec() for method in methods],
         "seed": seed,

@@ -12,7 +12,7 @@ from torch import nn
 from remanence.core.errors import BadInput, Refused
 from remanence.core.rng import seed_of
 from remanence.data import Request, Stream
-from remanence.life.home import begun
+from remanence.life.home import begun, delete, unlived
 from remanence.life.life import Life
 from remanence.life.plan import Plan, load_plan
 from remanence.train.update import Progress
@@ -107,10 +107,14 @@ def open_plan(
     folder = Path(home) if home is not None else Path(plan.home or f"runs/{plan.name}")
     if begun(folder):
         kept = folder / "plan.yaml"
-        if not kept.exists() or kept.read_text(encoding="utf-8") != plan.source:
+        same = kept.exists() and kept.read_text(encoding="utf-8") == plan.source
+        if not same and kept.exists() and unlived(folder):  # its first event failed, and the plan was mended since
+            delete(folder)
+        elif not same:
             raise Refused(
                 f"{folder} holds another life; choose another --home, or delete it first (remanence delete {folder})"
             )
+    if begun(folder):
         builder, stream = _made(plan)
         return Life.resume(folder, builder, stream, progress=progress, references=references), plan, stream
     builder, stream = _made(plan)
@@ -182,7 +186,7 @@ class Reading(Life):
 
     def _finish_owed(self) -> None: ...
 
-    def _continue_request(self) -> None: ...
+    def _continue_request(self, opening: bool = False) -> None: ...
 
     def _sweep(self) -> None: ...
 

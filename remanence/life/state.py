@@ -20,13 +20,14 @@ from remanence.train.update import Context, Update
 
 @dataclass
 class State:
-    """What learn and forget change and a snapshot saves."""
+    """What learn and forget change and a snapshot saves. `labels`: of the head's columns; `met`: those that occurred so far."""
 
     model: nn.Module
     learner: Learner
     keepers: list[Keeper] = field(default_factory=list)
     metrics: list[Metric] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    met: list[int] = field(default_factory=list)
     structures: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class State:
             "holders": {name: method.state_dict() for name, method in self.holders().items()},
             "metrics": {name: metric.state_dict() for name, metric in named(self.metrics, "measure").items()},
             "labels": list(self.labels),
+            "met": list(self.met),
             "structures": copy.deepcopy(self.structures),
             "steps": self.steps,
             "optimizer": self.optimizer,
@@ -72,7 +74,7 @@ class State:
         load_weights(model, packed["weights"])
         device = next(iter(self.model.parameters()), torch.empty(0)).device
         self.model = model.to(device)
-        self.labels, self.steps = list(packed["labels"]), int(packed["steps"])
+        self.labels, self.met, self.steps = list(packed["labels"]), list(packed["met"]), int(packed["steps"])
         self.structures, self.optimizer = list(packed["structures"]), dict(packed["optimizer"])
         for saved, methods in (("holders", self.holders()), ("metrics", named(self.metrics, "measure"))):
             for name, method in methods.items():

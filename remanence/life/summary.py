@@ -9,6 +9,7 @@ from remanence.core.ids import Ids
 from remanence.core.problem import Classification
 from remanence.life.forgetting import receipt_from
 from remanence.life.ledger import Row
+from remanence.life.references import kept_bytes
 from remanence.life.snapshots import weights_sha256
 from remanence.life.state import state_bytes
 from remanence.measure import matrix as figures
@@ -16,7 +17,13 @@ from remanence.measure import matrix as figures
 if TYPE_CHECKING:
     from remanence.life.life import Life
 
-_KINDS = {"learn": "statistics", "keep": "statistics", "weights": "weights", "snapshots": "snapshot"}
+_KINDS = {
+    "learn": "statistics",
+    "keep": "statistics",
+    "weights": "weights",
+    "snapshots": "snapshot",
+    "references": "snapshot",
+}
 
 
 def summary(life: Life) -> dict[str, Any]:
@@ -32,7 +39,7 @@ def summary(life: Life) -> dict[str, Any]:
     return {
         "name": born["name"],
         "life": life._ledger.life,
-        "state": "in progress" if life._ledger.get_current("owed") or _planned(life) > lived else "complete",
+        "state": "in progress" if life._ledger.get_current("owed") or planned(life) > lived else "complete",
         "weights_sha256": weights_sha256(life.model.state_dict()),
         "content_digest": life.content_digest(),
         "events": [_event(life, row) for row in rows],
@@ -49,7 +56,8 @@ def summary(life: Life) -> dict[str, Any]:
     }
 
 
-def _planned(life: Life) -> int:
+def planned(life: Life) -> int:
+    """How many events the life's plan has; 0 without a plan."""
     if life._plan is None or life._plan.startswith("# removed"):
         return 0
     from remanence.life.yaml import parse
@@ -126,14 +134,16 @@ def _forgotten(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _holders(life: Life, rows: list[Row]) -> list[dict[str, Any]]:
-    now = {**state_bytes(life._state), "snapshots": life._snapshot_bytes()}
+    now = {**state_bytes(life._state), "snapshots": life._snapshot_bytes(), **kept_bytes(life)}
     names = list(dict.fromkeys([name for row in rows for name in row.body["holders"]] + list(now)))
     return [
         {
             "name": name,
             "kind": "buffer" if "replay" in name or "fpf" in name else _KINDS.get(name.split("/")[0], "statistics"),
             "bytes": now.get(name, 0),
-            "over_time": [row.body["holders"].get(name, 0) for row in rows] if name != "snapshots" else [],
+            "over_time": [row.body["holders"].get(name, 0) for row in rows]
+            if name not in ("snapshots", "references")
+            else [],
         }
         for name in names
     ]

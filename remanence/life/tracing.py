@@ -31,7 +31,7 @@ def trace(life: Life, ids: Ids, erasing: bool | None = None) -> list[Trace]:
         purged = _once_held(life, name, ids) - records - derived
         if purged:
             rows.append(Trace(name, purged, "deleted", (), "purged on request; no copy is left"))
-    rows += _snapshots(life, ids) + _references(life, ids)
+    rows += _snapshots(life, ids) + _checkpoint(life, ids) + _references(life, ids)
     if owed:
         rows = [Trace(t.holder, t.ids, "holds", t.inputs, f"erasing: {t.reason}") for t in rows]
     return sorted(rows, key=lambda t: STATES.index(t.state))
@@ -62,7 +62,13 @@ def _snapshots(life: Life, ids: Ids) -> list[Trace]:
         for row in life._rows:
             if row.body["event"] <= entry["event"]:
                 apply_row(books, row, mine_in)
-        for found, state, why in books.weights(ids):
+        counted = (
+            ids & books.touched - books.consumed - books.tombstones
+        )  # taken in without training: counted, or stored
+        for found, state, why in [
+            *books.weights(ids),
+            (counted, "holds", "a copy, or a sum that counts them, is stored"),
+        ]:
             rows.append(
                 Trace(
                     f"snapshots/{entry['event']}",
@@ -88,6 +94,18 @@ def _snapshots(life: Life, ids: Ids) -> list[Trace]:
                         )
                     )
     return [row for row in rows if row.ids]
+
+
+def _checkpoint(life: Life, ids: Ids) -> list[Trace]:
+    """The snapshot inside an event that was stopped: it goes with the next event that is committed."""
+    saved = life._ledger.get_current("checkpoint")
+    if not saved:
+        return []
+    at = life._snapshots.load(saved["manifest"])["position"]
+    found = ids & (life._books.holding() | Ids(at["new"].numpy()) | Ids(at["replayed"].numpy()))
+    return (
+        [Trace("snapshots/checkpoint", found, "holds", (), "saved inside an event that was stopped")] if found else []
+    )
 
 
 def _references(life: Life, ids: Ids) -> list[Trace]:

@@ -138,7 +138,7 @@ class Auc(NamedTuple):
     high: float
 
 
-def auc(members: ArrayLike, nonmembers: ArrayLike, variance_factor: float = 1.0) -> Auc:
+def auc(members: ArrayLike, nonmembers: ArrayLike) -> Auc:
     """Chance that a member scores above a non-member, ties counting half (Mann-Whitney), in [0, 1]; .5 is chance.
 
     The interval is DeLong's (DeLong et al. 1988), cut to [0, 1]. Where its variance is 0 (perfect separation, one
@@ -156,7 +156,7 @@ def auc(members: ArrayLike, nonmembers: ArrayLike, variance_factor: float = 1.0)
     value = float(above.mean())
     variance = float(above.var(ddof=1)) / m + float(below.var(ddof=1)) / n if min(m, n) > 1 else 0.0
     if variance > 0:
-        half = _Z * math.sqrt(variance_factor * variance)
+        half = _Z * math.sqrt(variance)
         return Auc(value, max(0.0, value - half), min(1.0, value + half))
     return Auc(value, _score_bound(value, m, n, 0.0), _score_bound(value, m, n, 1.0))
 

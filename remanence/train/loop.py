@@ -47,7 +47,8 @@ def forget(u: Update, request: Request) -> Outcome:
 
 def _end(u: Update) -> None:
     u.epoch = -1
-    for end in hooks([u.owner, *u.parts], "end"):
+    ends = hooks([u.owner, *u.parts], "end")
+    for end in sorted(ends, key=lambda hook: not getattr(hook.__self__, "moves_at_end", False)):
         end(u)
     for part in [u.owner, *u.parts]:
         for name in [name for name in vars(part) if name.startswith("_")]:
@@ -109,7 +110,7 @@ def loop(
                         after(u, batch)
                     u._outs.clear()
                     for metric in u.metrics:
-                        if u.step % metric.every == 0:
+                        if not u._pending and u.step % metric.every == 0:
                             with u.aside():
                                 metric.value(u)
                     u.watch()

@@ -214,6 +214,8 @@ class Forgetter(Owner):
     """Removes a request from the weights."""
 
     verb: ClassVar[str] = "forget"
+    #: Whether it trains by `u.run`, in which keepers and wheres act.
+    trains: ClassVar[bool] = True
 
     #: Training defaults of the method, used where the request names none.
     defaults: ClassVar[dict[str, Any]] = {
@@ -239,6 +241,8 @@ class Keeper(Method):
     """Protects the old while the new is learned. A keeper that stores computed values must have `forgot`."""
 
     verb: ClassVar[str] = "keep"
+    #: Whether `end` moves the weights: then it comes before the `end` of all others, which look at them.
+    moves_at_end: ClassVar[bool] = False
 
 
 @dataclass

@@ -165,6 +165,7 @@ class Update(Context):
         parts: Sequence[Method] = (),
         labels: Sequence[int] = (),
         new_labels: Sequence[int] = (),
+        old_labels: Sequence[int] | None = None,
         tasks: Sequence[Task] = (),
         task: Task | None = None,
         device: torch.device | str = "cpu",
@@ -185,15 +186,16 @@ class Update(Context):
         self.progress, self.life_step = progress, life_step
         self._data, self._retrain, self._history, self.checkpoint = data, retrain, history, checkpoint
         fresh = set(new_labels)
-        new, old = (
-            [i for i, label in enumerate(self.labels) if (label in fresh) is wanted] for wanted in (True, False)
-        )
+        known = set(self.labels) - fresh if old_labels is None else set(old_labels)
+        new, old = ([i for i, label in enumerate(self.labels) if label in found] for found in (fresh, known))
         columns = (
             torch.tensor(found, dtype=torch.int64, device=device) for found in (range(len(self.labels)), new, old)
         )
         self.classes = Classes(*columns)
         self.consumed, self.extra_bytes, self.steps_done, self.phase = Consumed(), 0, 0, ""
         self._shared: dict[str, Any] = {"reference": None, "initial": None, "phases": 0}
+        #: Epochs in which the order of the data visits every example once; a part that changes the order sets it in `begin`.
+        self.sweep = 1
         self._exit = ExitStack()
         self._features = False
         self._cache: dict[str, Examples] = {}
@@ -433,7 +435,10 @@ class Update(Context):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for p in params:
                 state = carried.get(names.get(id(p), ""), {})
-                if all(not v.dim() or v.shape == p.shape for v in state.values()):
+                mine = (
+                    {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+                )
+                if set(state) == mine and all(not v.dim() or v.shape == p.shape for v in state.values()):
                     optimizer.state[p] = {key: value.clone() for key, value in state.items()}
             if any("momentum_buffer" in state for state in optimizer.state.values()):
                 for p in params:  # fused SGD takes momentum of all its parameters or of none

@@ -243,12 +243,12 @@ def test_a_life_that_fails_is_said_and_tried_again(plan: Path, tmp_path: Path) -
             "by: ssd, epochs: 7", "by: ssd"
         )
     )
-    made, folder = compare(plan, seeds=1, references=1, folder=tmp_path / "grid")
+    made, folder = compare(plan, seeds=1, references=2, folder=tmp_path / "grid")
     assert len(made["failed"]) == 1 and "EventFailed" in made["failed"][0]["error"]
     assert made["lives"][0]["figures"]["average_accuracy"] is None
     page = compare_report.write(folder, made)
     assert "Failed" in page.read_text()
-    again, _ = compare(plan, seeds=1, references=1, folder=tmp_path / "grid")
+    again, _ = compare(plan, seeds=1, references=2, folder=tmp_path / "grid")
     assert len(again["failed"]) == 1
 
 
@@ -276,7 +276,7 @@ def report(accuracy: float, after: float, nothing: float, mean: float, sd: float
     receipt = {
         "asked_plain": "class 3",
         "evidence": [cell],
-        "cost": {"fraction_of_retraining": 0.5},
+        "cost": {"fraction_of_retraining": 0.5, "seconds": 0.25},
         "done": [{"holder": "weights", "state": "unlearned"}],
     }
     return {

@@ -57,7 +57,10 @@ class Membership(Metric):
         if attack == "logistic" and min(len(inside), len(outside)) < 2:
             return {}
         member, other = members.select(inside), pool.select(outside)
-        found = audit(c.outputs(member), member["y"], c.outputs(other), other["y"], [attack], [self.fpr])[attack]
+        inside, outside = (
+            c.outputs(each)[:, : c.columns] if c.columns else c.outputs(each) for each in (member, other)
+        )
+        found = audit(inside, member["y"], outside, other["y"], [attack], [self.fpr])[attack]
         return {"membership" if name == "auc" else f"membership/{name}": value for name, value in found.items()}
 
 
