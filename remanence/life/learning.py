@@ -246,8 +246,11 @@ def _load_into(u: Update, packed: Mapping[str, Any]) -> None:
 
 def as_task(data: Task | Examples, number: int) -> Task:
     """Bare examples as a task that is measured on itself."""
-    if not isinstance(data, Examples):
+    if isinstance(data, Task):
         return data
+    if not isinstance(data, Examples):
+        hint = "; a stream is learned task by task: stream[0]" if hasattr(data, "tasks") else ""
+        raise BadInput(f"learn takes a Task or Examples, not {type(data).__name__}{hint}")
     labels = _labels(data)
     return Task(data, data, tuple(labels), tuple(map(str, labels)), number)
 

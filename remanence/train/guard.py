@@ -50,6 +50,8 @@ def guard(
     Raises:
         UnknownName, BadInput: a keeper that does not exist, or that needs to own the data's order or the parameters.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise BadInput(f"guard needs the loop's torch optimizer, not {type(optimizer).__name__}")
     made = Settings(**{"lr": float(optimizer.param_groups[0]["lr"]), **settings})
     return OwnLoop(model, optimizer, resolve_all("keep", keep, Keeper), problem_of(problem), seed, made)
 
@@ -99,6 +101,8 @@ class OwnLoop(Update):
         if isinstance(data, Examples):
             data.check()
             task, labels = Task(data, data, id=self._tasks), data.columns.get("y", [])
+        if isinstance(labels, tuple | list) and any(getattr(label, "ndim", 0) or not hasattr(label, "__index__") for label in labels):  # fmt: skip
+            raise BadInput("u.learn takes rm.data.Examples, or the task's labels such as [0, 1]")
         given = sorted({int(label) for label in labels}) if isinstance(self.problem, Classification) else []
         new = [label for label in given if label not in self.labels]
         before, self._optimizer, self._open = list(self.labels), optimizer or self._optimizer, True
@@ -126,8 +130,11 @@ class OwnLoop(Update):
     def prepare(self, batch: Batch) -> Batch:
         """The batch as keepers want it: a dict with ``x`` and ``y``, and ``id`` where a keeper stores its rows. Epochs are counted
         by rows, or said by ``for u.epoch in ...``."""
-        if not self._open:
-            raise BadInput("there is no task: call u.prepare inside `with u.learn(examples):`")
+        self._inside("prepare")
+        if not isinstance(batch, dict) or "x" not in batch:
+            raise BadInput(
+                f"u.prepare takes a dict with 'x' and 'y' (and 'id'), such as {{'x': x, 'y': y}}, not {type(batch).__name__}"
+            )
         self._finish()
         count = len(batch["x"])
         if self.task is not None:
@@ -141,8 +148,13 @@ class OwnLoop(Update):
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the keepers' terms, a scalar. They share your forward if you write ``u.out(batch).logits`` for
         ``model(batch["x"])``."""
+        self._inside("loss")
         terms = [term(self, batch) for term in self._do.loss]
         return sum((term for term in terms if term is not None), torch.zeros((), device=self.device))
+
+    def _inside(self, what: str) -> None:
+        if not self._open:
+            raise BadInput(f"there is no task: call u.{what} inside `with u.learn(examples):`")
 
     def lookahead(self) -> list[Tensor]:
         self._deafen()
@@ -195,6 +207,8 @@ class OwnLoop(Update):
             Corrupt: it was saved with other keepers.
         """
         mine = named(self.parts, "keep")
+        if not {"keep", "labels", "tasks", "steps", "ids"} <= set(state):
+            raise Corrupt("this is no state of a guarded loop; give what u.state_dict() returned")
         if set(mine) != set(state["keep"]):
             raise Corrupt(f"the state is of the keepers {sorted(state['keep'])}, these are {sorted(mine)}")
         for name, part in mine.items():

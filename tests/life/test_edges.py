@@ -271,3 +271,8 @@ def test_redaction_does_not_bring_a_forgotten_class_back_into_the_figures() -> N
         before = life.measure()["tasks"]
         assert life.redact() == ["request 1 redacted"]
         assert life.measure()["tasks"] == before
+
+
+def test_a_stream_is_learned_task_by_task() -> None:
+    with rm.Life(net()) as life, pytest.raises(BadInput, match=r"stream\[0\]"):
+        life.learn(rm.data.split_digits())  # type: ignore[arg-type]

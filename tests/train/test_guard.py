@@ -342,3 +342,19 @@ def test_the_parts_that_a_guard_can_take_are_those_without_order_or_structure() 
                 rm.guard(model, built("sgd", model), keep=[cls()])
         else:
             rm.guard(model, built("sgd", model), keep=[cls()])
+
+
+def test_what_a_loop_can_get_wrong_is_said() -> None:
+    model = network()
+    with pytest.raises(BadInput, match="optimizer"):
+        rm.guard(model, None, keep=["l2"])  # type: ignore[arg-type]
+    u = rm.guard(model, built("sgd", model), keep=["l2"])
+    for call in (lambda: u.loss({}), lambda: u.prepare({"x": torch.zeros(1, 6)})):
+        with pytest.raises(BadInput, match="there is no task"):
+            call()
+    with pytest.raises(BadInput, match="labels such as"), u.learn((torch.zeros(3, 6), torch.zeros(3))):  # type: ignore[arg-type]
+        pass
+    with u.learn([0, 1]), pytest.raises(BadInput, match="a dict with 'x'"):
+        u.prepare((torch.zeros(1, 6), torch.zeros(1)))  # type: ignore[arg-type]
+    with pytest.raises(Corrupt, match=r"u\.state_dict"):
+        u.load_state_dict({})
