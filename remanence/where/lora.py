@@ -50,6 +50,8 @@ class LoRA(Where):
         adapters = [
             f"{at}.{name}" for at, m in u.model.named_modules() if isinstance(m, LowRank) for name in ("down", "up")
         ]
+        if not adapters:  # a forget run attaches nothing
+            raise BadInput("lora: this model has no adapters; learn with where=lora before, or leave it out here")
         head = head_name(u.model)
         return adapters + [name for name in u.parameters if name.rpartition(".")[0] == head]
 

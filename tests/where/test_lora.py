@@ -174,3 +174,17 @@ def test_purpose_a_small_change_learns_a_new_task(seed):
     free = trained(start, second.train, [LoRA(rank=4)], **kw)
     small, none = (accuracy(model, second.test, list(range(10))) for model in (free, held))
     assert small > 0.93 and small > none + 0.15
+
+
+def test_a_request_needs_adapters_to_write_into(tmp_path):
+    """A forget run attaches nothing; on a model without adapters, LoRA would train the head alone and call it LoRA."""
+    from remanence.data.request import Request
+    from remanence.life.life import Life
+
+    life = Life(mlp(64, [32]), home=tmp_path / "life")
+    life.learn(split_digits(tasks=5)[0], epochs=1, lr=1e-2)
+    before = {name: value.clone() for name, value in life.model.state_dict().items()}
+    with pytest.raises(BadInput, match="no adapters"):
+        life.forget(Request(classes=[1]), by="gradient-ascent", where=["lora"])
+    assert all(torch.equal(value, before[name]) for name, value in life.model.state_dict().items())
+    life.close()
