@@ -216,7 +216,9 @@ def _check(life: Life, asked: _Asked) -> None:
         raise Refused(
             "the request would remove everything this life learned; delete the life instead (remanence delete HOME)"
         )
-    if not life._state.learner.moves_weights and not asked.ids & life._books.consumed and asked.by.slug != "retrain":
+    if asked.by.learner:
+        _check_learner(life, asked)
+    elif not life._state.learner.moves_weights and not asked.ids & life._books.consumed and asked.by.slug != "retrain":
         raise Refused(
             f"{life._state.learner.slug} trains no weights, so {asked.by.slug} would find nothing in them; ask by='retrain', which "
             "counts the rest afresh"
@@ -232,6 +234,26 @@ def _check(life: Life, asked: _Asked) -> None:
     if free < need:
         raise Refused(
             f"the disk has {free} bytes free where this request may need {need}; free some space and ask again"
+        )
+
+
+def _check_learner(life: Life, asked: _Asked) -> None:
+    """Refuse a method that works through the life's learner where that learner did not make everything that holds the examples."""
+    by, has = asked.by, life._state.learner.slug
+    if has != by.learner:
+        raise Refused(
+            f"{by.slug} works through the learner {by.learner!r}, and this life learns with {has}; ask by='retrain'"
+        )
+    if asked.ids & life._books.consumed:
+        raise Refused(
+            f"{by.slug} works through the learner {has!r}, and the weights learned these examples, too; ask by='retrain'"
+        )
+    keepers = [keeper for keeper in life._state.keepers if not keeper.inert]
+    keepers += [k for item in life._learned for k in resolve_all("keep", item.recipe.keep, Keeper) if not k.inert]
+    if keepers:
+        names = ", ".join(sorted({keeper.slug for keeper in keepers}))
+        raise Refused(
+            f"{by.slug} is exact only where nothing else carries examples on, and this life has keepers: {names}; ask by='retrain'"
         )
 
 
@@ -310,7 +332,7 @@ def _carry_out(life: Life, asked: _Asked) -> Receipt:
         work = _work(life, asked) if asked.ids else None
         if work is not None:
             life._books = copy.deepcopy(life._books)
-            life._books.forgotten(asked.ids, work.state, work.why, work.outcome.exact)
+            life._books.forgotten(asked.ids, work.state, work.why, work.whole)
         measured = life._measured(life._learned)
         reached("work")
         manifest = life._snapshots.save(life._state.pack())
@@ -342,6 +364,11 @@ class _Work:
     seconds: dict[str, float]
     steps: int
 
+    @property
+    def whole(self) -> bool:
+        """Whether the life was lived again, without everything forgotten so far."""
+        return self.outcome.exact and self.outcome.model is not None
+
 
 def _work(life: Life, asked: _Asked) -> _Work:
     """Run the method on the life's state (whose committed copy is on disk), purge the holders, measure."""
@@ -358,7 +385,7 @@ def _work(life: Life, asked: _Asked) -> _Work:
         method.purge(asked.ids)
     outcome, steps = _run(life, asked, forget_set, retain_set, retained, gone)
     seconds = {"method": time.perf_counter() - clock}
-    if outcome.exact:  # found in a shared folder, it costs what it cost
+    if outcome.exact and outcome.model is not None:  # found in a shared folder, it costs what it cost
         seconds["method"] = seconds_of(life, gone, life.seed) or seconds["method"]
     life._finite()
     after = assessor.answers(life._state)
@@ -369,7 +396,7 @@ def _work(life: Life, asked: _Asked) -> _Work:
     assessment = assessor.assess(before, after, answers)
     slug = asked.by.slug
     if outcome.exact:
-        state, why = "deleted", "retrained: equal in bits to a life without them"
+        state, why = "deleted", outcome.how or "retrained: equal in bits to a life without them"
     elif outcome.guards:
         state, why = "suppressed", f"hidden by a guard of {slug}"
     elif assessment.earned:
@@ -417,8 +444,11 @@ def _run(
         )
 
     u = update(asked.by, "forget", [*asked.keep, *asked.where])
+    u.learner, u.keepers = state.learner, state.keepers
     outcome = forget_run(u, asked.request)
-    if outcome.exact:
+    if outcome.exact and outcome.model is None and not asked.by.learner:
+        raise EventFailed(f"{asked.by.slug} says its result is exact, but neither retrained nor asked the learner")
+    if outcome.exact and outcome.model is not None:
         made = next((s for s in life._references.values() if s.model is outcome.model), None)
         if made is None:
             raise EventFailed(f"{asked.by.slug} says its result is exact but did not retrain through the life")
@@ -495,7 +525,7 @@ def _commit(
         "status": "done" if work is not None else "nothing held",
         "weights_state": work.state if work is not None else "deleted",
         "why": work.why if work is not None else "never consumed",
-        "exact": work is not None and work.outcome.exact,
+        "exact": work is not None and work.whole,
         "held": work.held if work is not None else {},
         "notes": work.outcome.notes if work is not None else [],
         "evidence": work.assessment.cells if work is not None else [],

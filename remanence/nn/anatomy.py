@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -75,6 +76,29 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, new)
     return model
+
+
+def reinitialised(model: nn.Module, seed: int) -> nn.Module:
+    """A copy of `model` whose weights are drawn anew by every module's own ``reset_parameters``, running statistics included. The
+    global generators stay as they are.
+
+    Raises:
+        BadInput: a module owns parameters and has no ``reset_parameters``; names it.
+    """
+    made = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in made.named_modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif next(module.parameters(recurse=False), None) is not None:
+                raise BadInput(
+                    f"{name or type(module).__name__} owns parameters and has no reset_parameters, so it cannot be drawn anew; add one"
+                )
+    for p in made.parameters():
+        p.grad = None
+    return made
 
 
 @contextmanager

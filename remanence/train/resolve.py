@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from remanence import catalogue
 from remanence.core.errors import BadInput
 from remanence.core.knobs import build
-from remanence.core.problem import Classification, Problem
+from remanence.core.problem import Classification, Problem, Regression
 from remanence.train.roles import Keeper, Method
 
 M = TypeVar("M", bound=Method)
@@ -80,6 +80,14 @@ def check_fits(methods: Sequence[Method], problem: Problem) -> None:
                 if p.verb == part.verb and p.kind == part.kind and "class-head" not in p.needs
             ]
             raise BadInput(f"{part.slug} needs classes, and a {name} has none; there is {', '.join(others)}")
+        if part is not None and "regression" in part.needs and not isinstance(problem, Regression):
+            name = type(problem).__name__.lower()
+            others = [
+                p.slug
+                for p in catalogue.every()
+                if p.verb == part.verb and p.kind == part.kind and "regression" not in p.needs
+            ]
+            raise BadInput(f"{part.slug} needs numbers as targets, and a {name} has none; there is {', '.join(others)}")
 
 
 def check_keepers(keepers: Sequence[Keeper]) -> None:

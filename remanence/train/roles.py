@@ -185,6 +185,15 @@ class Learner(Owner):
     def steps(self, u: Update, batch: Batch) -> Iterator[Step]:
         yield Step(self.objective(u, batch))
 
+    def unlearn(self, u: Update, ids: Ids) -> str:
+        """Take `ids` out of what this learner made, exactly, by what it knows about its own making; returns how exactly, in words
+        for the receipt. In a forget run ``u.data("forget")`` and ``u.data("retain")`` are there.
+
+        Raises:
+            BadInput: this learner cannot.
+        """
+        raise BadInput(f"{self.slug} cannot take examples out of what it learned; ask by='retrain'")
+
 
 def head_rows(model: nn.Module) -> int:
     """Outputs of the model's head."""
@@ -200,11 +209,13 @@ def head_rows(model: nn.Module) -> int:
 class Outcome:
     """What a forgetter achieved, in its own words; whether it is *unlearned* is decided by measurement.
 
-    `exact`: `model` came from `u.retrain` and takes the place of the old one with everything that was retrained with it.
+    `exact`: `model` came from `u.retrain` and takes the place of the old one with everything that was retrained with it; or, without
+    a model, the life's learner took the ids out by itself, and `how` says how exactly (see `Learner.unlearn`).
     """
 
     exact: bool = False
     model: nn.Module | None = None
+    how: str = ""
     notes: list[str] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
 
@@ -216,6 +227,8 @@ class Forgetter(Owner):
     verb: ClassVar[str] = "forget"
     #: Whether it trains by `u.run`, in which keepers and wheres act.
     trains: ClassVar[bool] = True
+    #: The learner that does the work, in a life that learns with it and with nothing else; empty: any life will do.
+    learner: ClassVar[str] = ""
 
     #: Training defaults of the method, used where the request names none.
     defaults: ClassVar[dict[str, Any]] = {
@@ -268,3 +281,11 @@ class Metric(Method):
 
     def value(self, c: Context) -> dict[str, float]:
         raise NotImplementedError
+
+
+@dataclass
+class Benchmark(Method):
+    """A protocol: what is asked of a life or its network, and how the answers are judged. Its knobs are the protocol's; what it does
+    stands in its own docstring. It remembers nothing."""
+
+    verb: ClassVar[str] = "measure"

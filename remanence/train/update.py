@@ -18,10 +18,10 @@ from remanence.core.ids import Ids
 from remanence.core.problem import Batch, Classification, Out, Problem
 from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Task
-from remanence.nn.anatomy import evaluating, head, module_bytes
+from remanence.nn.anatomy import evaluating, head, module_bytes, reinitialised
 from remanence.nn.masks import Restore
 from remanence.train.forward import Forward
-from remanence.train.roles import HOOKS, Method, Owner, Step
+from remanence.train.roles import HOOKS, Keeper, Learner, Method, Owner, Step
 from remanence.train.schedules import Constant, schedule_of
 from remanence.train.settings import Settings
 from remanence.train.stopping import Stopping
@@ -181,6 +181,9 @@ class Update(Context):
     ) -> None:
         super().__init__(model, problem, owner, labels, tasks, device)
         self.settings, self.parts, self.task = settings, list(parts), task
+        #: The life's learner and keepers, which in a forget run stand outside the loop: what they remember may be looked at.
+        self.learner: Learner | None = owner if isinstance(owner, Learner) else None
+        self.keepers: list[Keeper] = [part for part in parts if isinstance(part, Keeper)]
         self.seed, self.event, self.kind = seed, event, kind
         self.metrics = [metric for metric in metrics if getattr(metric, "every", 0)]
         self.progress, self.life_step = progress, life_step
@@ -289,6 +292,12 @@ class Update(Context):
             self.extra_bytes += module_bytes(made)
         made = self._shared["reference"]
         assert isinstance(made, nn.Module)
+        return made
+
+    def fresh(self, name: str) -> nn.Module:
+        """A copy of the network with newly drawn weights: it knows nothing. `name` addresses the draw, as in `rng`."""
+        made = reinitialised(self.model, self.seed_of(name))
+        self.extra_bytes += module_bytes(made)
         return made
 
     def lookahead(self) -> list[Tensor]:
@@ -503,7 +512,7 @@ class Update(Context):
         self.before_step(projections)
         if self._forward is None:
             for optimizer in self._stepping(step):
-                optimizer.step()
+                _step_of(optimizer)(optimizer)
         else:
             self._forward.step(self._stepping(step))
         self.after_step(projections)
@@ -552,6 +561,14 @@ class Update(Context):
                 self._next_report = now + 0.1
                 self.progress(self, float(losses.mean()))
             self._losses.clear()
+
+
+def _step_of(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any]:
+    """The optimizer's step without the profiler's label and the hooks that torch puts around it: they take longer than a small
+    step, and nobody can hang a hook on an optimizer that lives inside one loop."""
+    step: Any = type(optimizer).step
+    found: Callable[[torch.optim.Optimizer], Any] = step.__wrapped__ if getattr(step, "hooked", False) else step
+    return found
 
 
 def _cuda(device: torch.device) -> list[torch.device]:
