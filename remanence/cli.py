@@ -118,16 +118,16 @@ def _ids(text: str) -> Ids:
     return found
 
 
-def _runs(ids: Ids) -> str:
-    """Ids in short: ``1, 2, 10-20``."""
+def _runs(ids: Ids, most: int | None = 8) -> str:
+    """Ids in short: ``1, 2, 10-20``, at most so many of them."""
     found: list[tuple[int, int]] = []
     for value in ids:
         if found and value == found[-1][1] + 1:
             found[-1] = (found[-1][0], value)
         else:
             found.append((value, value))
-    shown = [str(a) if a == b else f"{a}-{b}" for a, b in found[:8]]
-    return ", ".join([*shown, *(["..."] if len(found) > 8 else [])])
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in found[:most]]
+    return ", ".join([*shown, *(["..."] if len(found) > len(shown) else [])])
 
 
 # -- lives ---------------------------------------------------------------------------------------------------------------
@@ -375,6 +375,9 @@ def compare(
     ] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
     references: Annotated[int, typer.Option(min=2, help="Models retrained for each request.")] = 3,
+    klom: Annotated[
+        bool, typer.Option("--klom", help="Also compare distributions over seeds: KL of margins, with its floor.")
+    ] = False,
     home: Annotated[
         Path | None, typer.Option(help="The folder; default: runs/NAME-compare.", show_default=False)
     ] = None,
@@ -409,6 +412,7 @@ def compare(
             seeds=seeds,
             jobs=jobs,
             references=references,
+            klom=klom,
             folder=home,
             told=told,
         )
@@ -511,6 +515,12 @@ def forget(
         str | None, typer.Option(metavar="CLASSES", help="Such as 3 or 3,7.", show_default=False)
     ] = None,
     ids: IdsOption = None,
+    targets: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH", help="A regression's targets in this range, such as 0 30.", show_default=False
+        ),
+    ] = None,
     references: Annotated[
         int,
         typer.Option("--verify", metavar="N", min=0, max=100, help="Retrained models to measure against; 0 is none."),
@@ -518,15 +528,19 @@ def forget(
     allow_drift: Drift = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask a finished life to forget classes or examples; ends in a signed receipt."""
+    """Ask a finished life to forget classes, examples or a range of targets; ends in a signed receipt."""
     from remanence.data import Request
     from remanence.life.plan import load_plan
     from remanence.life.run import remaining
     from remanence.life.yaml import parse
 
-    if classes is None and ids is None:
-        raise BadInput("say what to forget: --classes 3,7 or --ids 1,2,10-20")
-    request = Request(ids=None if ids is None else _ids(ids), classes=None if classes is None else _numbers(classes))
+    if classes is None and ids is None and targets is None:
+        raise BadInput("say what to forget: --classes 3,7 or --ids 1,2,10-20 or --targets 0 30")
+    request = Request(
+        ids=None if ids is None else _ids(ids),
+        classes=None if classes is None else _numbers(classes),
+        targets=targets,
+    )
     bar = _Bar(quiet)
     life = _open(home, allow_drift=allow_drift, progress=bar)
     with life, _living(home, bar):
@@ -542,6 +556,52 @@ def forget(
             _after(life, len(life.events)) if len(life.events) > count else _print(REPEATED)
         life.report()
         _closing(life, quiet)
+
+
+@app.command()
+@_plain
+def hardest(
+    home: HomeArgument,
+    n: Annotated[int, typer.Option("--n", metavar="N", min=1, help="How many examples.", show_default=False)],
+    easiest: Annotated[bool, typer.Option("--easiest", help="Those that are forgotten most easily instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Name the learned examples that are hardest to forget, as --ids takes them."""
+    with _open(home, look=True) as life:
+        found = life.hardest(n, easiest=easiest)
+    typer.echo(json.dumps([int(i) for i in found]) if as_json else _runs(found, None).replace(" ", ""))
+
+
+@app.command()
+@_plain
+def audit(
+    home: HomeArgument,
+    receipt: Annotated[
+        int | None, typer.Option(metavar="N", help="The receipt's number; default: every request.", show_default=False)
+    ] = None,
+    references: Annotated[int, typer.Option(min=2, max=100, help="Models retrained to measure against.")] = 3,
+    shadows: Annotated[
+        int, typer.Option(min=0, max=1000, help="Shadow models for the likelihood-ratio attack; an even number.")
+    ] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attack what was forgotten: is it gone, or only hidden? The life itself stays as it is."""
+    from remanence.life.audit import render
+
+    bar = _Bar(quiet or as_json)
+    with _open(home, look=True, progress=bar) as life:
+        bar.begin("audit")
+        try:
+            data = life.audit(receipt, references=references, shadows=shadows)
+        finally:
+            bar.clear()
+        if as_json:
+            typer.echo(json.dumps(data, indent=1))
+            return
+        if not quiet:
+            _print(render(data))
+        typer.echo(f"Audit: {life.home / 'audit.html'} (beside it audit.json)")
 
 
 @app.command()

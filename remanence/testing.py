@@ -27,12 +27,12 @@ from remanence.core.ids import Ids
 from remanence.core.knobs import build
 from remanence.core.part import Part
 from remanence.data import Request, Stream, Task, digits, split_classes
-from remanence.life.forgetting import records_held
 from remanence.life.life import Life
 from remanence.life.snapshots import weights_sha256
+from remanence.life.tracing import records_held
 from remanence.models import mlp
 from remanence.train.resolve import know
-from remanence.train.roles import Forgetter, Keeper, Learner, Method, Metric, Where
+from remanence.train.roles import Benchmark, Forgetter, Keeper, Learner, Method, Metric, Where
 
 __all__ = ["ContractError", "check"]
 
@@ -64,7 +64,8 @@ def check(
         part: a `Part`, its name (``"keep/ewc"``, ``"ewc"``) or a class (which need not be in the catalogue).
         knobs: the knobs to check it with, where its defaults do not suit so small a problem; every other is its default.
         inert: knobs with which it can have no effect; None: ``strength=0`` if it has a knob `strength`, else the rule is left out.
-        model: builds the network, which takes rows of 64 numbers; None: a perceptron with 16 hidden units and dropout.
+        model: builds the network, which takes rows of 64 numbers; None: a perceptron with 16 hidden units and dropout. A part that needs
+            a regression gets the digits as numbers to be told, and a network of one output.
         rules: only these rules.
 
     Returns:
@@ -87,7 +88,11 @@ def check(
         inert = {"strength": 0}
     ran = []
     with tempfile.TemporaryDirectory(prefix="remanence-check-") as folder:
-        case = _Case(cls, role, dict(knobs or {}), inert, model or _perceptron, Path(folder))
+        numbers = any(
+            "regression" in p.needs for p in catalogue.every() if (p.module, p.name) == (cls.__module__, cls.__name__)
+        )
+        network = model or (_regressor if numbers else _perceptron)
+        case = _Case(cls, role, dict(knobs or {}), inert, network, Path(folder), numbers)
         for name, rule in mine.items():
             if (rules is None or name in rules) and not (rule is _strength_0_changes_nothing and inert is None):
                 with case.rule(name):
@@ -107,6 +112,16 @@ def _load(part: Part | str | type[Method]) -> type[Any]:
 
 def _perceptron() -> nn.Module:
     return mlp(64, [16], dropout=0.1)
+
+
+def _regressor() -> nn.Module:
+    return mlp(64, [16], 1, dropout=0.1)
+
+
+def _told(task: Task) -> Task:
+    """The task with its labels as real targets."""
+    train, test = (part.replace(y=part["y"].float()[:, None]) for part in (task.train, task.test))
+    return Task(train, test, (), (), task.id)
 
 
 @cache
@@ -131,9 +146,11 @@ class _Case:
     inert: Mapping[str, Any] | None
     model: Callable[[], nn.Module]
     folder: Path
+    numbers: bool = False
 
     def __post_init__(self) -> None:
-        self.name, self._lives, self.tasks = "", 0, list(_stream())
+        self.name, self._lives = "", 0
+        self.tasks = [_told(task) if self.numbers else task for task in _stream()]
         self.everyone = self.tasks[0].train.ids | self.tasks[1].train.ids
         know(self.cls)
 
@@ -165,7 +182,10 @@ class _Case:
             self._lives += 1
             place = {Learner: "learner", Keeper: "keep", Where: "where", Metric: "measure"}.get(self.role, "")
             given: dict[str, Any] = {} if part is None or not place else {place: part if place == "learner" else [part]}
-            life = Life(self.model(), home=self.folder / str(self._lives), seed=7, **{"measure": ["accuracy"], **given})
+            if getattr(self.cls, "learner", ""):  # a forgetter that works through one
+                given["learner"] = self.cls.learner
+            given = {"measure": ["accuracy"], "problem": "regression" if self.numbers else None, **given}
+            life = Life(self.model(), home=self.folder / str(self._lives), seed=7, **given)
         try:
             yield life
         finally:
@@ -177,7 +197,8 @@ class _Case:
             life.learn(chosen, **{"epochs": 4, "batch_size": 15, "lr": 0.01, **settings})
 
     def forget(self, life: Life, part: Any = "make", **request: Any) -> Any:
-        return life.forget(Request(**(request or {"classes": [0]})), by=self.make() if part == "make" else part)
+        request = request or ({"targets": [0, 0]} if self.numbers else {"classes": [0]})
+        return life.forget(Request(**request), by=self.make() if part == "make" else part)
 
     def live(self, life: Life) -> None:
         """What a part of this role is there for: two tasks, and for a forgetter a request."""
@@ -188,7 +209,7 @@ class _Case:
     @cached_property
     def straight(self) -> _Seen:
         """A life without a crash."""
-        _plain(self.model)  # lazy imports have their own side effects: they are over after it
+        _plain(self.model, self.numbers)  # lazy imports have their own side effects: they are over after it
         return self._seen()
 
     @cached_property
@@ -239,10 +260,10 @@ class _Seen:
 
 
 @cache
-def _plain(model: Callable[[], nn.Module]) -> str:
+def _plain(model: Callable[[], nn.Module], numbers: bool) -> str:
     """The weights after two tasks without any part."""
     with tempfile.TemporaryDirectory(prefix="remanence-check-") as folder:
-        case = _Case(Metric, Metric, {}, None, model, Path(folder))
+        case = _Case(Metric, Metric, {}, None, model, Path(folder), numbers)
         with case.life(None) as life:
             case.learn(life, 0, 1)
             return weights_sha256(life.model.state_dict())
@@ -417,7 +438,7 @@ def _strength_0_changes_nothing(case: _Case) -> None:
         case.learn(life, 0, 1)
         if case.role is Forgetter:
             case.forget(life, part)
-        same = weights_sha256(life.model.state_dict()) == _plain(case.model)
+        same = weights_sha256(life.model.state_dict()) == _plain(case.model, case.numbers)
         case.holds(same, f"with {dict(case.inert or {})} gives other weights than a life without it")
 
 
@@ -481,23 +502,36 @@ def _gives_figures(case: _Case) -> None:
 def _looks_without_a_trace(case: _Case) -> None:
     with case.life() as life:
         case.learn(life, 0, 1)
-        same = weights_sha256(life.model.state_dict()) == _plain(case.model)
+        same = weights_sha256(life.model.state_dict()) == _plain(case.model, case.numbers)
         case.holds(same, "moves the weights it measures: look in `with c.aside():` or by c.evaluate and c.outputs")
         before = [module.training for module in life.model.modules()]
         life.measure()
         case.holds(before == [module.training for module in life.model.modules()], "leaves train or eval flags changed")
 
 
+# ------------------------------------------------------------------------------------------------------------ benchmarks
+
+
+def _remembers_nothing(case: _Case) -> None:
+    part = case.make()
+    case.holds(
+        not part.remembered() and not part.bytes() and not part.state_dict(),
+        "remembers something; a protocol has knobs only",
+    )
+
+
 Rule = Callable[[_Case], None]
 
-EVERY: tuple[Rule, ...] = (
-    _documented, _can_be_written_down, _wrong_knobs_are_refused, _runs, _twice_the_same, _survives_a_crash, _touches_nothing_global,
-    _strength_0_changes_nothing,
+EVERY: tuple[Rule, ...] = (_documented, _can_be_written_down, _wrong_knobs_are_refused)
+#: For every role that has a place in a life; a benchmark is asked by its user and has none.
+LIVED: tuple[Rule, ...] = (
+    _runs, _twice_the_same, _survives_a_crash, _touches_nothing_global, _strength_0_changes_nothing,
 )  # fmt: skip
 RULES: dict[type[Method], tuple[Rule, ...]] = {
-    Learner: (_nan_is_refused, _counts_its_bytes, _says_what_it_holds, _lets_go),
-    Keeper: (_nan_is_refused, _counts_its_bytes, _says_what_it_holds, _lets_go, _does_not_teach_back),
-    Where: (_nan_is_refused, _lets_go),
-    Forgetter: (_says_what_is_true,),
-    Metric: (_gives_figures, _looks_without_a_trace),
+    Learner: (*LIVED, _nan_is_refused, _counts_its_bytes, _says_what_it_holds, _lets_go),
+    Keeper: (*LIVED, _nan_is_refused, _counts_its_bytes, _says_what_it_holds, _lets_go, _does_not_teach_back),
+    Where: (*LIVED, _nan_is_refused, _lets_go),
+    Forgetter: (*LIVED, _says_what_is_true),
+    Metric: (*LIVED, _gives_figures, _looks_without_a_trace),
+    Benchmark: (_remembers_nothing,),
 }

@@ -30,7 +30,21 @@ events:
   - forget: {ids: [0, 1, 11, 30], by: retrain, verify: none}
 """
 HEAVY = ("torch", "numpy", "scipy", "sklearn", "sqlalchemy", "matplotlib", "jinja2", "yaml", "remanence.life.life")
-COMMANDS = ["run", "resume", "compare", "trace", "verify", "report", "forget", "redact", "delete", "methods", "show"]
+COMMANDS = [
+    "run",
+    "resume",
+    "compare",
+    "trace",
+    "verify",
+    "report",
+    "forget",
+    "hardest",
+    "audit",
+    "redact",
+    "delete",
+    "methods",
+    "show",
+]
 
 
 class Answer(NamedTuple):
@@ -334,6 +348,25 @@ def test_forget_asks_a_finished_life(home: Path) -> None:
     assert call("verify", home / "receipts" / "0002.json").code == 0
     again = call("forget", home, "--ids", "0,1", "--by", "retrain", "--verify", "0")
     assert again.code == 0 and "the earlier receipt stands" in again.out
+
+
+def test_a_range_of_targets_is_forgotten_from_a_regression(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{i % 7},{i % 5},{0.5 * i}" for i in range(80)]
+    Path("people.csv").write_text("\n".join(["a,b,age", *rows]))
+    Path("people.yaml").write_text(
+        "model: {mlp: {hidden: [8], outputs: 1}}\nproblem: regression\n"
+        "stream: {permuted: {source: {csv: {path: people.csv, label: age}}, tasks: 1}}\nevents: [{learn: 0}]\n"
+    )
+    assert call("run", "people.yaml", "--home", "ages").code == 0
+    answer = call("forget", "ages", "--targets", "0", "10.5", "--by", "gaussian-amnesiac", "--verify", "0")
+    assert answer.code == 0 and "forget targets from 0 to 10.5 by gaussian-amnesiac" in answer.out, answer
+    receipt = json.loads(Path("ages/receipts/0001.json").read_text())["receipt"]
+    assert 10 < receipt["n"] <= 22  # a quarter is held out
+    assert "the smaller first" in call("forget", "ages", "--targets", "3", "1", "--by", "retrain").err
+    assert "this life has classes" in call("forget", home, "--targets", "0", "1", "--by", "retrain").err
 
 
 def test_forget_refuses_with_reason(home: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

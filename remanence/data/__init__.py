@@ -1,5 +1,6 @@
 """Examples, tasks, streams and requests; loaders for users' own data."""
 
+from remanence.data.corrupted import corrupted, stamp
 from remanence.data.digits import digits, idx, read_idx, split_classes, split_digits, split_idx
 from remanence.data.examples import Examples, cat, cat_batches
 from remanence.data.folders import images
@@ -18,6 +19,7 @@ __all__ = [
     "blurry",
     "cat",
     "cat_batches",
+    "corrupted",
     "csv",
     "dataset",
     "digits",
@@ -32,4 +34,5 @@ __all__ = [
     "split_classes",
     "split_digits",
     "split_idx",
+    "stamp",
 ]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from remanence.core.errors import BadInput, UnknownName, nearest
+from remanence.data.corrupted import corrupted
 from remanence.data.digits import digits, idx, split_classes, split_digits, split_idx
 from remanence.data.examples import Examples
 from remanence.data.folders import images
@@ -100,6 +101,25 @@ def _rotated(
     return rotated(examples_of(source), tasks, _test(test), test_share, seed)
 
 
+def _corrupted(
+    source: Source,
+    how: str = "patch",
+    share: float = 0.05,
+    reveal: float = 0.5,
+    tasks: int | list[list[int]] = 1,
+    target: int = 0,
+    pair: list[int] = [0, 1],  # noqa: B006  # a plan's default, never changed
+    size: int = 3,
+    value: float = 1.0,
+    test: Source | None = None,
+    test_share: float = 0.25,
+    seed: int = 0,
+) -> Stream:
+    return corrupted(
+        examples_of(source), how, share, reveal, tasks, target, pair, size, value, _test(test), test_share, seed
+    )
+
+
 STREAMS: dict[str, Callable[..., Stream]] = {
     "split-digits": split_digits,
     "split-idx": split_idx,
@@ -107,4 +127,5 @@ STREAMS: dict[str, Callable[..., Stream]] = {
     "blurry": _blurry,
     "permuted": _permuted,
     "rotated": _rotated,
+    "corrupted": _corrupted,
 }

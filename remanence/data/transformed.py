@@ -64,10 +64,7 @@ def rotated(
     angles = [180 * k / tasks for k in range(_whole(tasks))] if isinstance(tasks, int) else [float(a) for a in tasks]
     if not angles or not all(map(math.isfinite, angles)):
         raise BadInput(f"tasks={tasks!r} must be a number of tasks, or finite angles in degrees")
-    shape = tuple(examples["x"].shape[1:])
-    side = math.isqrt(shape[0]) if len(shape) == 1 else 0
-    if not (len(shape) in (2, 3) or (side and side * side == shape[0])):
-        raise BadInput(f"x has rows of shape {shape}, which are no images; give (H, W), (C, H, W) or square rows")
+    shape, side = tuple(examples["x"].shape[1:]), side_of(examples["x"])
 
     def change(x: Tensor, number: int) -> Tensor:
         from scipy.ndimage import rotate
@@ -79,6 +76,19 @@ def rotated(
         return torch.from_numpy(turned).reshape(x.shape)
 
     return _copies(examples, len(angles), change, hold_out(examples, test, test_share, seed), "rotated")
+
+
+def side_of(x: Tensor) -> int:
+    """The side of square images that stand as rows (N, H * H); 0 where `x` is (N, H, W) or (N, C, H, W).
+
+    Raises:
+        BadInput: the rows are no images.
+    """
+    shape = tuple(x.shape[1:])
+    side = math.isqrt(shape[0]) if len(shape) == 1 else 0
+    if not (len(shape) in (2, 3) or (side and side * side == shape[0])):
+        raise BadInput(f"x has rows of shape {shape}, which are no images; give (H, W), (C, H, W) or square rows")
+    return side
 
 
 def _whole(tasks: int) -> int:
@@ -155,13 +165,13 @@ def blurry(
     most = max(range(len(counts)), key=counts.__getitem__)
     counts[most] = min(counts[most], sum(counts) - counts[most])
     rng = generator(seed, "blurry")
-    given = torch.cat([_drawn((owner == k).nonzero()[:, 0], n, rng) for k, n in enumerate(counts)])
+    given = torch.cat([drawn((owner == k).nonzero()[:, 0], n, rng) for k, n in enumerate(counts)])
     slots = owner[given]  # as many places in every task as it gives rows away
     given = given[torch.randperm(len(given), generator=rng)]
     for k in range(len(clear)):
         # Rows that came home change places with rows of others that lie in others: at least as many, as no task gives over half.
         home = ((owner[given] == k) & (slots == k)).nonzero()[:, 0]
-        away = _drawn(((owner[given] != k) & (slots != k)).nonzero()[:, 0], len(home), rng)
+        away = drawn(((owner[given] != k) & (slots != k)).nonzero()[:, 0], len(home), rng)
         given[home], given[away] = given[away], given[home]
     place = owner.clone()
     place[given] = slots
@@ -173,5 +183,6 @@ def blurry(
     return Stream(tuple(made), "class", name="blurry")
 
 
-def _drawn(rows: Tensor, count: int, rng: torch.Generator) -> Tensor:
+def drawn(rows: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """`count` of `rows`, at most all, in random order."""
     return rows[torch.randperm(len(rows), generator=rng)[:count]]

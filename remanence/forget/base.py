@@ -1,4 +1,4 @@
-"""What forgetters that teach other labels share."""
+"""What forgetters share: other labels to teach, and the way through the life's learner."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from remanence.core.errors import BadInput
+from remanence.core.ids import Ids
 from remanence.core.problem import Batch
 from remanence.data import cat_batches
+from remanence.train.roles import Outcome
 from remanence.train.update import Update
 
 #: Up to this many classes the forget set is gone over before the retained data; beyond, both are shuffled into one (Fan et al. 2024).
@@ -77,3 +79,14 @@ class RandomLabels:
         weight = retain.get("weight", torch.ones(len(retain["id"]), device=u.device))
         both = cat_batches(taught, retain if self.alpha == 1 else {**retain, "weight": self.alpha * weight})
         return u.problem.loss(u.out(both), both, u.classes.seen)
+
+
+def by_learner(u: Update, ids: Ids) -> Outcome:
+    """Let the life's learner take `ids` out of what it made; the outcome carries its word of how exactly.
+
+    Raises:
+        BadInput: the run has no learner, or its learner cannot.
+    """
+    if u.learner is None:
+        raise BadInput("this run belongs to no life, so there is no learner that could take anything out")
+    return Outcome(exact=True, how=u.learner.unlearn(u, ids))

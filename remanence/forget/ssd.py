@@ -9,11 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.data import Examples, Request
+from remanence.nn.anatomy import tensor_bytes
 from remanence.nn.fisher import absolute_gradient, batch_fisher, diagonal_fisher
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
+
+#: How a guard backs off: from at least so low a selection, by this factor.
+SMALLEST, STEP = 1e-3, 4 / 3
 
 
 @dataclass
@@ -27,8 +32,11 @@ class SSD(Forgetter):
     ``importance="batch"``: gradients of the means of shuffled batches, as in the official code; coherent examples add up, so
     the ratio I_F / I_D of a class is large and `selection` works as published (10 to 100). ``"example"``: squared per example, the
     paper's formula; since D contains F the ratio cannot exceed |D| / |F|, so `selection` must lie below that (1 to 5 for a class).
-    ``"label-free"``: |f(x)|^2 instead of log p, absolute instead of squared (LFSSD). Over-dampening is a cliff: look at the retained
-    accuracy in the receipt, and raise `selection` when it falls.
+    ``"label-free"``: |f(x)|^2 instead of log p, absolute instead of squared (LFSSD).
+
+    Over-dampening is a cliff: a little more, and the network is gone. With a `guard` the accuracy on retained data is looked at, and
+    while it falls by more than that, the weights are put back and `selection` grows by a third: start low, and the strongest
+    dampening that the rest bears is found. Our addition; it needs retained data and classes.
 
     Pick it for class requests on networks too big to train again: seconds, no training. Needs: labels, and the data seen
     (or as much as can be reached) for I_D. Reference: Foster et al. 2024, "Fast Machine Unlearning Without Retraining Through
@@ -44,11 +52,35 @@ class SSD(Forgetter):
     importance: str = knob(
         "batch", "per batch, per example, or without labels", choices=("batch", "example", "label-free")
     )
+    guard: float | None = knob(None, "largest fall of the accuracy on retained data; null: do not look", low=0, high=1)
 
     def forget(self, u: Update, request: Request) -> Outcome:
+        if self.guard is not None and not (u.columns and len(u.data("retain"))):
+            raise BadInput("ssd: a guard looks at the accuracy on retained data, and there is none; leave guard out")
         forget, everything = self._importance(u, u.data("forget")), self._importance(u, u.data("seen"))
-        touched = dampen(dict(u.model.named_parameters()), forget, everything, self.selection, self.dampening)
-        return Outcome(notes=[f"dampened {touched} weights"])
+        params: dict[str, Tensor] = dict(u.model.named_parameters())
+        if self.guard is None:
+            return Outcome(
+                notes=[f"dampened {dampen(params, forget, everything, self.selection, self.dampening)} weights"]
+            )
+        floor = self._retained(u) - self.guard
+        before = {name: p.detach().clone() for name, p in params.items()}
+        u.extra_bytes += tensor_bytes(list(before.values()))
+        selection = max(self.selection, SMALLEST)
+        while True:  # ends: beyond the largest ratio nothing is selected, and nothing falls
+            touched = dampen(params, forget, everything, selection, self.dampening)
+            if self._retained(u) >= floor or not touched:
+                return Outcome(notes=[f"dampened {touched} weights at selection {selection:.4g}"])
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.copy_(before[name])
+            selection *= STEP
+
+    def _retained(self, u: Update) -> float:
+        """Accuracy on retained data, in eval mode."""
+        examples = u.data("retain")
+        best = u.outputs(examples)[:, u.classes.seen].argmax(1)
+        return float((u.classes.seen[best] == examples["y"].to(u.device)).double().mean())
 
     def _importance(self, u: Update, examples: Examples) -> dict[str, Tensor]:
         measures: dict[str, Callable[..., dict[str, Tensor]]] = {

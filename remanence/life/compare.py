@@ -40,6 +40,9 @@ LIFE_FIGURES = (
     "bytes",
 )
 
+#: So many requests of a kind in one plan are also shown as one table.
+POOLED = 5
+
 Told = Callable[[int, int, str], None]
 
 
@@ -53,6 +56,7 @@ def compare(
     seeds: int | Sequence[int] = 3,
     jobs: int = 1,
     references: int = 3,
+    klom: bool = False,
     folder: str | Path | None = None,
     allow_code: bool = False,
     told: Told | None = None,
@@ -64,6 +68,8 @@ def compare(
         seeds: how many, counted from the plan's own, or which.
         jobs: processes at a time.
         references: models retrained for each request, at least 2: one has no spread.
+        klom: also hold the networks of all seeds together against all references, as distributions (see `life.klom`); lives every plan
+            again up to its last request, and needs two seeds or more.
         folder: default ``runs/<plan name>-compare``.
         told: called with (cells done, cells in all, what was done last).
 
@@ -83,12 +89,14 @@ def compare(
         raise BadInput(
             f"seeds={seeds}, jobs={jobs}, references={references}: jobs and seeds are at least 1, references at least 2"
         )
+    if klom and (len(numbers) < 2 or not plan.events or plan.events[-1].kind != "forget"):
+        raise BadInput("KLoM needs a plan whose last event is a forget request, and two seeds or more")
     root = Path(folder) if folder is not None else Path("runs") / f"{plan.name}-compare"
     axes = {
-        "learner": choices("learner", learn),
-        "keep": choices("keep", keep),
-        "where": choices("where", where),
-        "forget": choices("forget", forget),
+        "learner": choices("learner", learn, plan),
+        "keep": choices("keep", keep, plan),
+        "where": choices("where", where, plan),
+        "forget": choices("forget", forget, plan),
     }
     about = {**versions(), "threads": plan.threads or 1}
     cells = expand(plan, axes, numbers, references, build_stream(plan).fingerprint(), about)
@@ -105,6 +113,8 @@ def compare(
         "versions": about,
         **collect(cells, [_result(root, cell) for cell in cells]),
     }
+    if klom:
+        _add_klom(root, cells, made["requests"], told)
     write_atomic(
         root / "comparison.json", (json.dumps(made, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
     )
@@ -218,6 +228,32 @@ def collect(cells: Sequence[Cell], results: Sequence[Mapping[str, Any] | None]) 
     return {"lives": _lives(variants), "requests": _requests(variants), "failed": failed}
 
 
+def _add_klom(root: Path, cells: Sequence[Cell], requests: Sequence[dict[str, Any]], told: Told | None) -> None:
+    """Put KLoM into the rows of each setting's last request: its floor into *retrain, another seed*, do nothing once for all forgetters."""
+    from remanence.life import klom as distributions
+
+    homes: dict[tuple[str, ...], dict[str, list[Path]]] = {}
+    for cell in cells:
+        if (_result(root, cell) or {"error": "not finished"})["error"] is None:
+            mine = homes.setdefault(tuple(cell.names[axis] for axis in AXES[:-1]), {})
+            mine.setdefault(cell.names["forget"], []).append(root / "cells" / cell.key)
+    for setting, forgetters in homes.items():
+        made = [r for r in requests if tuple(r[axis] for axis in AXES[:-1]) == setting]
+        request = [r for r in made if not r["request"].endswith("requests together")][-1]
+        rows = {row["by"]: row for row in request["rows"]}
+        for name, lived in forgetters.items():
+            if len(lived) < 2:
+                continue
+            if told is not None:
+                told(len(cells), len(cells), f"KLoM of {name}")
+            found = distributions.klom(lived, root / "references", nothing="klom" not in request)
+            rows[name]["klom"] = found["rows"][distributions.UNLEARNED]
+            if "klom" not in request:
+                request["klom"] = {key: found[key] for key in ("lives", "oracles", "estimator")}
+                rows[NOTHING]["klom"] = found["rows"][distributions.NOTHING]
+                rows[AGAIN]["klom"] = found["rows"][distributions.ORACLES]
+
+
 def _lives(variants: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     first: dict[int, float] | None = None
@@ -264,22 +300,39 @@ def _requests(variants: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]
             ),
             [],
         )
+        asked: dict[str, list[int]] = {}
         for number, label in enumerate(labels):
-            found.append(
-                {**dict(zip(AXES, setting, strict=False)), "request": label, "rows": _request_rows(forgetters, number)}
-            )
+            asked.setdefault(_kind(label), []).append(number)
+        about = dict(zip(AXES, setting, strict=False))
+        for number, label in enumerate(labels):
+            found.append({**about, "request": label, "rows": _request_rows(forgetters, [number])})
+        for kind, numbers in asked.items():
+            if len(numbers) >= POOLED:
+                name = f"{kind}: {len(numbers)} requests together"
+                found.append({**about, "request": name, "rows": _request_rows(forgetters, numbers)})
     return found
 
 
-def _request_rows(forgetters: Mapping[str, Mapping[int, Mapping[str, Any]]], number: int) -> list[dict[str, Any]]:
-    """Rows of one request. Only the first is asked of the same network by all forgetters, so that each has its own *do nothing*."""
+def _kind(label: str) -> str:
+    """What a request asks for, without how many and which."""
+    return " ".join(word for word in label.split() if not any(c.isdigit() for c in word))
+
+
+def _request_rows(
+    forgetters: Mapping[str, Mapping[int, Mapping[str, Any]]], numbers: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Rows of one request, or of several of a kind together. Only the first is asked of the same network by all forgetters, so that each
+    has its own *do nothing*."""
     rows: list[dict[str, Any]] = []
     base: dict[str, list[dict[str, Any]]] = {NOTHING: [], AGAIN: []}
     for name, reports in forgetters.items():
         receipts = {
-            seed: report["receipts"][number] for seed, report in reports.items() if number < len(report["receipts"])
+            (seed, number): report["receipts"][number]
+            for number in numbers
+            for seed, report in reports.items()
+            if number < len(report["receipts"])
         }
-        gaps: dict[str, dict[int, tuple[float, float, float]]] = {}
+        gaps: dict[str, dict[tuple[int, int], tuple[float, float, float]]] = {}
         for seed, receipt in receipts.items():
             for cell in receipt["evidence"]:
                 if (gap := _gap(cell)) is not None:

@@ -30,6 +30,8 @@ _LIVES = (
 )
 #: What the picture shows: how far the request is from retrained, against what that did to everything else.
 FORGOTTEN, UTILITY = "KL from references", "test accuracy"
+#: Sets of examples that KLoM is told of, where it was asked for.
+_KLOM = ("forget", "retain", "test")
 
 
 def write(folder: Path, data: Mapping[str, Any]) -> Path:
@@ -74,8 +76,18 @@ def request_table(data: Mapping[str, Any], request: Mapping[str, Any]) -> tuple[
         for metric in metrics:
             verdict = row["verdicts"].get(metric)
             cells.append(stat(row["gaps"].get(metric)) + (f" ({verdict})" if verdict else ""))
+        cells += [_klom(row, part, True) for part in _KLOM if "klom" in request]
         rows.append([row["by"], *cells, stat(row["cost"], lambda value: number(value, 2)), ", ".join(row["states"])])
-    return ["method", *metrics, "cost", "weights"], rows
+    heading = [*metrics, *[f"KLoM {part}" for part in _KLOM if "klom" in request]]
+    return ["method", *heading, "cost", "weights"], rows
+
+
+def _klom(row: Mapping[str, Any], part: str, whole: bool = False) -> str:
+    """The mean over examples, and in brackets the 95th percentile."""
+    value = row.get("klom", {}).get(part)
+    if value is None:
+        return DASH
+    return number(value["mean"], 2) + (f" (95 %: {number(value['p95'], 2)})" if whole else "")
 
 
 def title(request: Mapping[str, Any]) -> str:
@@ -88,6 +100,17 @@ NOTE = (
     "Distances to models retrained without the request: the nearer to 0 the better, from either side; mean over seeds ± half of the 95 % "
     "interval. Cost is a share of one retraining."
 )
+
+
+def note(data: Mapping[str, Any]) -> str:
+    """What the figures of the requests are."""
+    found = next((request["klom"] for request in data["requests"] if "klom" in request), None)
+    if found is None:
+        return NOTE
+    return (
+        f"{NOTE} KLoM is the KL of the margins of {found['lives']} networks from those of {found['oracles']} retrained ones ({found['estimator']} "
+        f"estimator), in nats, mean and 95th percentile over examples; it is never 0 with so few: the row of another seed is its floor."
+    )
 
 
 #: A verdict as a glyph, for the terminal.
@@ -112,7 +135,7 @@ def render(data: Mapping[str, Any]) -> RenderableType:
     for request in data["requests"]:
         parts += [Text(title(request), style="bold"), _compact(request)]
     if data["requests"]:
-        parts += [Text(NOTE, style="dim"), Text(LEGEND, style="dim")]
+        parts += [Text(note(data), style="dim"), Text(LEGEND, style="dim")]
     parts += [Text(f"failed: {_failed(entry)}", style="bold red") for entry in data["failed"]]
     return Group(*parts)
 
@@ -124,9 +147,14 @@ def _compact(request: Mapping[str, Any]) -> Table:
     rows = []
     for row in request["rows"]:
         cells = [f"{stat(row['gaps'].get(m))} {GLYPHS.get(row['verdicts'].get(m), ' ')}" for m in shown]
+        cells += [_klom(row, "forget")] if "klom" in request else []
         rows.append([row["by"], *cells, stat(row["cost"], lambda value: number(value, 2))])
     names = {"KL from references": "KL", attacks[0] if attacks else "": "MIA AUC"}
-    return _table(["method", *[names.get(m, m.replace(" accuracy", " acc.")) for m in shown], "cost"], rows, 1)
+    heading = [
+        *[names.get(m, m.replace(" accuracy", " acc.")) for m in shown],
+        *(["KLoM"] if "klom" in request else []),
+    ]
+    return _table(["method", *heading, "cost"], rows, 1)
 
 
 def _failed(entry: Mapping[str, Any]) -> str:
@@ -185,6 +213,10 @@ def as_csv(data: Mapping[str, Any]) -> str:
                     value,
                     row["verdicts"].get(metric, ""),
                 )
+            for part, value in row.get("klom", {}).items():
+                for key in ("mean", "p95") if value else ():
+                    told = {"mean": value[key], "half": None, "n": request["klom"]["lives"]}
+                    line("requests", request, request["request"], row["by"], f"KLoM {part}: {key}", told)
             line("requests", request, request["request"], row["by"], "cost", row["cost"])
     return out.getvalue()
 
@@ -204,7 +236,7 @@ def as_markdown(data: Mapping[str, Any]) -> str:
     for request in data["requests"]:
         parts += [f"## {_cell(title(request))}", _markdown(*request_table(data, request))]
     if data["requests"]:
-        parts.append(NOTE)
+        parts.append(note(data))
     parts += [f"- failed: {_cell(_failed(entry))}" for entry in data["failed"]]
     return "\n\n".join(parts) + "\n"
 
@@ -229,7 +261,7 @@ def as_html(data: Mapping[str, Any]) -> str:
         lives=lives_table(data),
         words=len(varied(data)),
         requests=requests,
-        note=NOTE,
+        note=note(data),
         failed=[_failed(entry) for entry in data["failed"]],
     )
 

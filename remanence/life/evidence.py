@@ -11,11 +11,12 @@ import torch
 
 from remanence.core.errors import BadInput
 from remanence.core.problem import Classification
-from remanence.core.rng import seed_of
+from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Task, cat
 from remanence.life.learning import content
-from remanence.measure import attacks, divergence
+from remanence.measure import attacks, divergence, relearn
 from remanence.measure.evidence import Cell, compare, compare_distances, earned_unlearned, leave_one_out
+from remanence.measure.relearn import Curve
 from remanence.train.update import Context
 
 if TYPE_CHECKING:
@@ -28,7 +29,14 @@ ABSENT = 20.0
 SPLITS = {"tune": 0.2, "calibrate": 0.2, "report": 0.6}
 #: Figures about the request itself: what was asked is judged by these, not by what became of the rest.
 FORGOTTEN = ("forget ", "membership AUC", "KL from references")
-RANGES = {"accuracy": "0 to 1", "AUC": "0 to 1, 0.5 is chance", "KL": "0 up, nats", "mse": "0 up", "TPR": "0 to 1"}
+RANGES = {
+    "relearn steps": "1 (at once) to 52 (not within 50 steps)",
+    "accuracy": "0 to 1",
+    "AUC": "0 to 1, 0.5 is chance",
+    "KL": "0 up, nats",
+    "mse": "0 up",
+    "TPR": "0 to 1",
+}
 
 
 def split(life: Life, part: str) -> list[Examples]:
@@ -72,11 +80,11 @@ class Assessment:
 
 
 class Assessor:
-    """Measures any state of a life on one request."""
+    """Measures any state of a life on one request, with the `part` of the held-out data."""
 
-    def __init__(self, life: Life, forget: Examples, retain: Examples) -> None:
+    def __init__(self, life: Life, forget: Examples, retain: Examples, part: str = "report") -> None:
         self.life, self.forget, self.retain = life, forget, retain
-        held = [part for part in split(life, "report") if len(part)]
+        held = [rows for rows in split(life, part) if len(rows)]
         kept = set(retain["y"].tolist()) if isinstance(life.problem, Classification) else set()
         lost = {label for part in held for label in part["y"].tolist()} - kept if kept else set()
         self.test = _without_labels(held, lost)
@@ -101,8 +109,9 @@ class Assessor:
             return None, None
         return self.forget.select(torch.from_numpy(match.members)), pool.select(torch.from_numpy(match.nonmembers))
 
-    def answers(self, state: State) -> dict[str, Any]:
-        """Logits on the request and on its non-members, labels of the columns, and the plain figures."""
+    def answers(self, state: State, learn_again: bool = False) -> dict[str, Any]:
+        """Logits on the request and on its non-members, labels of the columns, and the plain figures; with `learn_again` also how a copy
+        of the network comes back to the request, where the network is what answers."""
         c = state.context(self.life.problem, device=self.life.device)
         found: dict[str, Any] = {"labels": list(state.labels), "figures": {}}
         name = "accuracy" if self.classifies else "mse"
@@ -112,7 +121,37 @@ class Assessor:
         found["forget"] = _outputs(c, self.forget)
         if self.members is not None and self.strangers is not None:
             found["figures"].update(self._attacks(c))
+        if learn_again and state.learner.moves_weights:
+            found["curve"] = self._relearned(c)
         return found
+
+    def _relearned(self, c: Context) -> Curve:
+        """50 steps of Adam at 1e-3 on the request (200 examples of it at most), the same for every model."""
+        seed = seed_of(self.life.seed, "relearn")
+        order = torch.randperm(len(self.forget), generator=generator(seed, "subset"))[:200]
+        some = self.forget.select(order.sort().values)
+        model, labels = c.model, list(c.labels)
+        if self.classifies:
+            wanted = sorted(set(self.forget["y"].tolist()))
+            model, labels = relearn.with_columns(model, labels, wanted, seed_of(seed, "head"))
+        made = Context(model, c.problem, c.owner, labels, device=c.device)
+        data = made.mapped(some)
+        return relearn.relearn(model, c.problem, data, data, columns=made.columns, seed=seed, device=c.device)
+
+    def _again(self, tables: Sequence[dict[str, Any]]) -> None:
+        """Add ``relearn steps``: after how many a model is back at the level of the one before the request, the first of `tables`: 90 % of
+        its accuracy for whole classes, else 1.05 times its loss."""
+        curves: list[Curve] = [table["curve"] for table in tables if "curve" in table]
+        if len(curves) < len(tables):
+            return
+        before = curves[0]
+        kept = set(self.retain["y"].tolist()) if self.classifies and len(self.retain) else set()
+        if self.classifies and not kept & set(self.forget["y"].tolist()) and before.accuracy is not None:
+            level: dict[str, Any] = {"accuracy": 0.9 * float(before.accuracy[0])}
+        else:
+            level = {"loss": 1.05 * float(before.loss[0])}
+        for table, curve in zip(tables, curves, strict=True):
+            table["figures"]["relearn steps"] = float(curve.counted(**level))
 
     def _attacks(self, c: Context) -> dict[str, float]:
         """The attacks' figures; a class that the model never knew gets a column far below the others."""
@@ -151,6 +190,7 @@ class Assessor:
         """The table: after, do nothing, and the references with their spread."""
         cells: list[Cell] = []
         if references:
+            self._again([before, after, *references])
             for name, nothing in before["figures"].items():
                 if name in after["figures"] and all(name in r["figures"] for r in references):
                     cells.append(

@@ -1,4 +1,4 @@
-"""The seven steps of a forget request: accept, work, stage, commit, erase, look again, receipt."""
+"""The first four of the seven steps of a forget request: accept, work, stage, commit. `erasing` has the others."""
 
 from __future__ import annotations
 
@@ -8,80 +8,33 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remanence.core.errors import BadInput, EventFailed, NotFinite, Refused, UnknownName
-from remanence.core.holder import STATES, Holder
 from remanence.core.ids import Ids
+from remanence.core.problem import Classification
 from remanence.core.rng import seed_of
 from remanence.data import Examples, Request, cat
 from remanence.data.request import COLUMNS
-from remanence.life import receipts
+from remanence.life import erasing, receipts
+from remanence.life.erasing import Receipt
 from remanence.life.evidence import Assessment, Assessor
-from remanence.life.files import canonical, empty, write_atomic
 from remanence.life.ledger import Row, commit
 from remanence.life.references import live_again, seconds_of
 from remanence.life.snapshots import weights_sha256
-from remanence.life.state import state_bytes
+from remanence.life.state import load_weights, state_bytes
+from remanence.life.tracing import consumed_by
 from remanence.train.loop import forget as forget_run
 from remanence.train.resolve import check_fits, check_keepers, resolve, resolve_all
 from remanence.train.roles import Forgetter, Keeper, Outcome, Where
 from remanence.train.settings import Settings
-from remanence.train.update import Update, hooks
+from remanence.train.update import Trial, Update, hooks
 
 if TYPE_CHECKING:
     from remanence.life.life import Life
 
-NOT_COVERED = (
-    "your source files, exports and backups",
-    "what pretraining saw",
-    "duplicates under other ids",
-    "remnants on SSDs, in copy-on-write file systems, swap, and database archives or replicas",
-    "attacks that were not run",
-    "what someone learns by comparing the model before and after",
-)
-
-
-def reached(step: str) -> None:
-    """Called after each numbered step; a place for tests to pull the plug."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """A signed account of what was done; `status` is ``done``, ``partial`` or ``nothing held``. `ids` is empty once redacted."""
-
-    number: int
-    status: str
-    ids: Ids
-    by: str
-    states: dict[str, str]
-    evidence: list[dict[str, Any]]
-    path: Path
-    content: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"receipt {self.number}: {self.status}; {self.content['n']} examples by {self.by}; " + ", ".join(
-            f"{holder} {state}" for holder, state in self.states.items()
-        )
-
-
-def receipt_from(life: Life, row: Row) -> Receipt:
-    """The receipt that a ledger row carries."""
-    content = row.body
-    number = int(content["id"])
-    states: dict[str, str] = {}
-    for entry in content["done"]:
-        known = states.get(entry["holder"])
-        states[entry["holder"]] = entry["state"] if known is None else min(known, entry["state"], key=STATES.index)
-    ids = life._ids(content["ids"]) if content["n"] else Ids()
-    return Receipt(
-        number, content["status"], ids, content["by"], states, content["evidence"], receipt_path(life, number), content
-    )
-
-
-def receipt_path(life: Life, number: int) -> Path:
-    return life.home / "receipts" / f"{number:04d}.json"
+#: Verdicts of a figure that does not speak against being as good as retrained.
+REACHED = ("indistinguishable from retraining", "this request cannot tell")
 
 
 @dataclass
@@ -143,7 +96,7 @@ def forget(
             tx.append("refused", {"by": method.slug}, {"reason": str(error), "at": time.time()})
         raise
     _ask(life, asked, request)
-    reached("accept")
+    erasing.reached("accept")
     return _carry_out(life, asked)
 
 
@@ -173,6 +126,10 @@ def seeds_of(verify: Any) -> int:
 
 def _resolve(life: Life, request: Request) -> tuple[Ids, Ids]:
     """What the request covers: ids that the life has consumed; and the ids asked for that it never has."""
+    if request.targets is not None and isinstance(life.problem, Classification):
+        raise UnknownName(
+            "a range of targets is asked of a regression, and this life has classes; ask by classes=[...]"
+        )
     seen = [learned.task.train.only(learned.ids) for learned in life._learned if learned.task is not None]
     if request.ids is not None and not any(getattr(request, name) is not None for name in COLUMNS):
         return request.ids & life._books.touched, request.ids - life._books.touched
@@ -247,6 +204,13 @@ def _check_learner(life: Life, asked: _Asked) -> None:
     if asked.ids & life._books.consumed:
         raise Refused(
             f"{by.slug} works through the learner {has!r}, and the weights learned these examples, too; ask by='retrain'"
+        )
+    lost = asked.ids
+    for item in life._learned:
+        lost = lost if item.task is None else lost - item.task.train.ids
+    if lost:
+        raise Refused(
+            f"{len(lost)} of the examples cannot be reached, and {by.slug} needs each of them; resume with data=..."
         )
     keepers = [keeper for keeper in life._state.keepers if not keeper.inert]
     keepers += [k for item in life._learned for k in resolve_all("keep", item.recipe.keep, Keeper) if not k.inert]
@@ -334,9 +298,9 @@ def _carry_out(life: Life, asked: _Asked) -> Receipt:
             life._books = copy.deepcopy(life._books)
             life._books.forgotten(asked.ids, work.state, work.why, work.whole)
         measured = life._measured(life._learned)
-        reached("work")
+        erasing.reached("work")
         manifest = life._snapshots.save(life._state.pack())
-        reached("stage")
+        erasing.reached("stage")
         row = _commit(life, asked, work, measured, manifest, time.perf_counter() - start)
         life._enter(row)
         life._settle_inputs()
@@ -346,8 +310,8 @@ def _carry_out(life: Life, asked: _Asked) -> Receipt:
         if isinstance(error, NotFinite | EventFailed):
             raise EventFailed(f"{label} failed and the life is as it was before: {error}") from error
         raise
-    reached("commit")
-    finish(life)
+    erasing.reached("commit")
+    erasing.finish(life)
     found: Receipt = next(receipt for receipt in life.receipts if receipt.number == asked.number)
     return found
 
@@ -378,7 +342,8 @@ def _work(life: Life, asked: _Asked) -> _Work:
     retained = life._history(gone)
     retain_set = cat(retained) if retained else forget_set.select(forget_set.id[:0])
     assessor = Assessor(life, forget_set, retain_set)
-    before = assessor.answers(life._state)
+    again = asked.seeds > 0
+    before = assessor.answers(life._state, again)
     held = _held(life, asked.ids)
     clock = time.perf_counter()
     for method in life._state.holders().values():
@@ -388,10 +353,10 @@ def _work(life: Life, asked: _Asked) -> _Work:
     if outcome.exact and outcome.model is not None:  # found in a shared folder, it costs what it cost
         seconds["method"] = seconds_of(life, gone, life.seed) or seconds["method"]
     life._finite()
-    after = assessor.answers(life._state)
+    after = assessor.answers(life._state, again)
     _limit(asked, before["figures"], after["figures"])
     seeds = [reference_seed(life.seed, k) for k in range(asked.seeds)]
-    answers = [assessor.answers(live_again(life, gone, seed)) for seed in seeds]
+    answers = [assessor.answers(live_again(life, gone, seed), again) for seed in seeds]
     seconds["references"] = sum(seconds_of(life, gone, seed) for seed in seeds)
     assessment = assessor.assess(before, after, answers)
     slug = asked.by.slug
@@ -422,12 +387,14 @@ def _run(
         "task": lambda: retain_set,
     }
 
-    def update(owner: Any, kind: str, parts: Sequence[Any]) -> Update:
+    def update(
+        owner: Any, kind: str, parts: Sequence[Any], model: Any = None, settings: Settings | None = None
+    ) -> Update:
         return Update(
-            model=state.model,
+            model=state.model if model is None else model,
             problem=life.problem,
             owner=owner,
-            settings=asked.settings,
+            settings=settings or asked.settings,
             data=lambda name: _source(sources, name),
             parts=parts,
             labels=state.labels,
@@ -443,8 +410,28 @@ def _run(
             history=lambda: list(retained),
         )
 
+    def trial(by: Forgetter, references: int) -> Trial:
+        made = copy.deepcopy(state)
+        clock = time.perf_counter()
+        t = update(by, "forget", [], made.model, Settings(**by.defaults))
+        t.learner, t.keepers = made.learner, made.keepers
+        tried = forget_run(t, asked.request)
+        seconds = time.perf_counter() - clock
+        assessor = Assessor(life, forget_set, retain_set, "tune")
+        after = assessor.answers(made)
+        known = [live_again(life, gone, reference_seed(life.seed, k)) for k in range(references)]
+        cells = assessor.assess(assessor.answers(state), after, [assessor.answers(s) for s in known]).cells
+        return Trial(
+            by.slug,
+            [cell["metric"] for cell in cells if cell["verdict"] not in REACHED],
+            [cell["metric"] for cell in cells if cell["verdict"] == "farther"],
+            seconds,
+            tried.notes,
+            lambda: load_weights(state.model, made.model.state_dict()),
+        )
+
     u = update(asked.by, "forget", [*asked.keep, *asked.where])
-    u.learner, u.keepers = state.learner, state.keepers
+    u.learner, u.keepers, u.trial = state.learner, state.keepers, trial
     outcome = forget_run(u, asked.request)
     if outcome.exact and outcome.model is None and not asked.by.learner:
         raise EventFailed(f"{asked.by.slug} says its result is exact, but neither retrained nor asked the learner")
@@ -484,15 +471,6 @@ def _held(life: Life, ids: Ids) -> dict[str, int]:
     return {name: n for name, n in held.items() if n}
 
 
-def consumed_by(life: Life, event: int) -> Ids:
-    """Ids consumed by the learn events up to event number `event`."""
-    found = Ids()
-    for row in life._rows:
-        if row.kind == "learn" and row.body["event"] <= event:
-            found = found | life._ids(row.body["new"]) | life._ids(row.body["replayed"])
-    return found
-
-
 def _limit(asked: _Asked, before: Mapping[str, float], after: Mapping[str, float]) -> None:
     if asked.limit is None:
         return
@@ -526,6 +504,7 @@ def _commit(
         "weights_state": work.state if work is not None else "deleted",
         "why": work.why if work is not None else "never consumed",
         "exact": work is not None and work.whole,
+        "through": f"learn/{asked.by.learner}" if asked.by.learner else "",
         "held": work.held if work is not None else {},
         "notes": work.outcome.notes if work is not None else [],
         "evidence": work.assessment.cells if work is not None else [],
@@ -553,178 +532,8 @@ def _commit(
     return row
 
 
-# -- 5. erase, 6. look again, 7. receipt ------------------------------------------------------------------------------
-
-
-def finish(life: Life) -> None:
-    """Whatever is owed after a commit: erasing, looking again, the receipt. Every step may be repeated."""
-    owed = life._ledger.get_current("owed")
-    if owed:
-        row = next(r for r in life._ledger.rows("forget") if r.body["number"] == owed["number"])
-        _erase(life, owed["references"])
-        reached("erase")
-        remaining = _look_again(life, row)
-        reached("look again")
-        _receipt(life, row, owed["erase"], remaining)
-        reached("receipt")
-    gone = life._books.tombstones  # a reference that could not be reached then is tried again at every open
-    known = life._ledger.get_current("references", [])
-    _drop_references(life, [entry["key"] for entry in known if gone & life._ids(entry["ids"])])
-    copy_receipts(life)
-    reached("file")
-
-
-def copy_receipts(life: Life) -> None:
-    """Write the files of receipts that lack one."""
-    for receipt in life._ledger.rows("receipt"):
-        path = receipt_path(life, int(receipt.body["id"]))
-        if not path.exists():
-            text = canonical(receipts.receipt_of(receipt)) + "\n"
-            write_atomic(path, text.encode(), work=life.home / "work")
-
-
-def _erase(life: Life, references: Sequence[str]) -> None:
-    _drop_references(life, references)
-    life._sweep()
-    empty(life.home / "work")
-    life._ledger.scrub()
-
-
-def _drop_references(life: Life, stale: Sequence[str]) -> None:
-    """Erase references that hold what was forgotten; one in a folder that this life was not given stays, and is named."""
-    if not stale or life._store is None:
-        return
-    for key in stale:
-        life._store.erase(key)
-    with life._ledger.begin() as tx:
-        left = [entry for entry in life._ledger.get_current("references", []) if entry["key"] not in stale]
-        tx.set_current("references", left)
-
-
-def _look_again(life: Life, row: Row) -> list[dict[str, Any]]:
-    """Reload what is on disk and ask every holder and the folder itself: what still holds the ids, each with its reason."""
-    ids = life._ids(row.body["ids"])
-    entry = life._ledger.get_current("snapshots")[-1]
-    state = life._fresh_state(life.model)
-    if ids:
-        state.load(life._snapshots.load(entry["manifest"]), copy.deepcopy(life._blank))
-    found = []
-    for name, method in state.holders().items():
-        records = records_held(method, ids)
-        if records:
-            found.append({"holder": name, "n": len(records), "why": "records are still stored"})
-    stray = life._snapshots.sweep([e["manifest"] for e in life._ledger.get_current("snapshots")], dry=True)
-    if stray:
-        found.append(
-            {"holder": "snapshots", "n": len(stray), "why": "files could not be erased; tried again at every open"}
-        )
-    return found
-
-
-def records_held(method: Any, ids: Ids) -> Ids:
-    """Ids whose records (not values computed by weights) are in the method's memory."""
-    found = Ids()
-    for value in method.remembered().values():
-        if isinstance(value, Holder) and not getattr(value, "derived", False):
-            found = found | value.holds(ids)
-    return found
-
-
-def _receipt(life: Life, row: Row, erased: list[str], remaining: list[dict[str, Any]]) -> None:
-    """Built from ledger rows only, signed, appended to the chain; the file is a copy."""
-    body = row.body
-    if any(int(r.body["id"]) == body["number"] for r in life._ledger.rows("receipt")):
-        with life._ledger.begin() as tx:
-            tx.set_current("owed", None)
-        return
-    from remanence.life.tracing import trace
-
-    ids = life._ids(body["ids"])
-    done = []
-    for t in trace(life, ids, erasing=False) if ids else []:
-        done.append({"holder": t.holder, "n": len(t.ids), "state": t.state, "action": t.reason})
-    open_holders = [entry for entry in done if entry["state"] == "holds"] + remaining
-    status = "nothing held" if not ids else "partial" if open_holders else "done"
-    asked = next(r for r in life._ledger.rows("asked") if r.body["number"] == body["number"])
-    entry = life._ledger.get_current("snapshots")[-1]
-    content = {
-        "id": str(body["number"]),
-        "status": status,
-        "n": body["n"],
-        "unseen": body["unseen"],
-        "ids": body["ids"],
-        "by": body["by"],
-        "method": body["method"],
-        "references": body["seeds"],
-        "held": [{"holder": name, "n": n} for name, n in body["held"].items()],
-        "done": done,
-        "remaining": remaining,
-        "evidence": body["evidence"],
-        "before": body["before"],
-        "after": body["after"],
-        "earned": body["earned"],
-        "notes": body["notes"],
-        "weights_sha256": body["weights_sha256"],
-        "not_covered": list(NOT_COVERED),
-        "files": receipts.describe(life.home, [life.home / name for name in life._snapshots.files(entry["manifest"])]),
-        "erased": erased,
-    }
-    parts = row.extra["parts"]
-    notes = {
-        "commitment": asked.extra["commitment"],
-        "at": time.time(),
-        "cost": {
-            "seconds": parts.get("method"),
-            "reference_seconds": parts["references"] / body["seeds"] if body["seeds"] and parts else None,
-        },
-    }
-    with life._ledger.begin() as tx:
-        receipts.seal(tx, content, notes)
-        tx.set_current("owed", None)
-
-
-# -- afterwards -------------------------------------------------------------------------------------------------------
-
-
-def redact(life: Life) -> list[str]:
-    """See `Life.redact`."""
-    from remanence.life.plan import without_ids
-    from remanence.life.summary import planned
-    from remanence.life.tracing import trace
-
-    life._writable()
-    if planned(life) > len(life._rows) + life._ledger.get_current("repeated", 0):
-        raise Refused(
-            "the plan has events to come, which may name ids; live it to its end first (remanence resume HOME)"
-        )
-    said = []
-    rows = life._ledger.rows("receipt")
-    for row in rows:
-        number, ids = int(row.body["id"]), life._ids(row.body["ids"]) if row.body["n"] else Ids()
-        if life._ledger.get_private(f"request/{number}") is None:
-            continue
-        holding = sorted({t.holder for t in trace(life, ids) if t.state != "deleted"}) if ids else []
-        if holding:
-            said.append(f"request {number} stays: {', '.join(holding)} not deleted")
-            continue
-        with life._ledger.begin() as tx:
-            tx.delete_private(f"request/{number}")
-            life._ledger.lineage.redact(ids)
-            tx.append("redacted", {"number": number}, {"at": time.time()})
-        said.append(f"request {number} redacted")
-    if life._ledger.last("redacted") is not None and not life._ledger.private_keys(
-        "request/"
-    ):  # also what a kill left undone
-        if life._plan is not None:
-            life._plan = without_ids(life._plan, "redacted")
-            life._write("plan.yaml", life._plan.encode())
-        life._replay_rows()
-    life._ledger.scrub()
-    return said
-
-
 def _jsonable(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 
 
-__all__ = ["NOT_COVERED", "Receipt", "continue_request", "finish", "forget", "receipt_from", "redact"]
+__all__ = ["continue_request", "forget"]

@@ -15,11 +15,13 @@ from typing import Any
 from remanence import catalogue
 from remanence.core.errors import BadInput
 from remanence.core.part import Part
+from remanence.core.problem import problem_of
 from remanence.data.request import COLUMNS
 from remanence.life.files import canonical, sha256
 from remanence.life.plan import Forget, Plan, parse_plan
 from remanence.life.references import code_sha256
 from remanence.life.yaml import parse
+from remanence.train.resolve import check_fits
 
 Spec = dict[str, dict[str, Any]]
 AXES = ("learner", "keep", "where", "forget")
@@ -52,9 +54,10 @@ class Group:
     cells: list[Cell] = field(default_factory=list)
 
 
-def choices(axis: str, text: str | None) -> list[list[Spec]] | None:
+def choices(axis: str, text: str | None, plan: Plan | None = None) -> list[list[Spec]] | None:
     """The alternatives on an axis, in the syntax of plans: ``none, replay, [replay, ewc], {replay: {per_class: 5}}``; ``all`` is
-    every method of the catalogue. Each alternative is a list of specs; None: as planned.
+    every method of the catalogue that serves the `plan`, but `auto`, which tries them itself. Each alternative is a list of specs;
+    None: as planned.
 
     Raises:
         BadInput: no alternatives, two methods where one belongs, or an unknown name.
@@ -63,7 +66,7 @@ def choices(axis: str, text: str | None) -> list[list[Spec]] | None:
         return None
     verb = _VERBS.get(axis, axis)
     if text.strip() == "all":
-        return [[{part.slug: {}}] for part in catalogue.parts(verb=verb, kind="method")]
+        return [[{part.slug: {}}] for part in catalogue.parts(verb=verb, kind="method") if _serves(part, plan)]
     given = parse(f"[{text}]", f"--{verb}").data
     found = [_alternative(axis, value) for value in given] if isinstance(given, list) else []
     if not found:
@@ -76,6 +79,24 @@ def choices(axis: str, text: str | None) -> list[list[Spec]] | None:
         for spec in specs:
             catalogue.find(verb, next(iter(spec)))
     return found
+
+
+def _serves(part: Part, plan: Plan | None) -> bool:
+    """Whether a method can act in the lives of a plan: its learner's, its problem's."""
+    if part.family == "search":
+        return False
+    if plan is None or part.verb != "forget":
+        return True
+    method = part.load()()
+    learner = next(iter(plan.learner)) if plan.learner else "finetune"
+    if method.learner:
+        return bool(method.learner == learner and not plan.keep)
+    moves = catalogue.find("learn", learner).load().moves_weights or part.slug == "retrain"
+    try:
+        check_fits([method], problem_of(plan.problem))
+    except BadInput:
+        return False
+    return bool(moves)
 
 
 def _alternative(axis: str, value: Any) -> list[Spec]:
@@ -188,6 +209,8 @@ def _parts(plan: Plan) -> list[Part]:
             named.append(("learn", event.learn.learner))
         if event.forget is not None:
             named.append(("forget", event.forget.by))
+            if "auto" in event.forget.by:  # it may run any of them
+                named += [("forget", {part.slug: {}}) for part in catalogue.parts(verb="forget")]
     return sorted(
         {catalogue.find(verb, next(iter(spec))) for verb, spec in named}, key=lambda part: (part.verb, part.slug)
     )

@@ -30,7 +30,7 @@ def begun(home: str | Path) -> bool:
 
 #: What a life puts into its home; whatever else lies there is not ours.
 _OWN = re.compile(
-    r"ledger\.db(-wal|-shm|-journal)?|plan\.yaml|report\.(html|json)|cell\.json|snapshots|receipts|work|lock"
+    r"ledger\.db(-wal|-shm|-journal)?|plan\.yaml|(report|audit)\.(html|json)|cell\.json|snapshots|receipts|work|lock"
 )
 
 

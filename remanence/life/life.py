@@ -398,7 +398,7 @@ class Life:
     @property
     def receipts(self) -> list[Any]:
         """The receipts so far, in order."""
-        from remanence.life.forgetting import receipt_from
+        from remanence.life.erasing import receipt_from
 
         return [receipt_from(self, row) for row in self._ledger.rows("receipt")]
 
@@ -560,13 +560,62 @@ class Life:
         write_atomic(Path(path), page)
         return Path(path)
 
+    def audit(
+        self, number: int | None = None, *, references: int = 3, shadows: int = 0, protocol: Any = None
+    ) -> dict[str, Any]:
+        """Attack what was forgotten, and write ``audit.json`` and ``audit.html`` into the home. The life itself stays as it is.
+
+        For each request: membership attacks, and the checks of `measure.OpenProblems`, each beside the same figure of models retrained
+        without all that was forgotten and of one retrained as if the request had not been made. That one, and the shadow models, learn
+        forgotten data again; they are in memory only, and dropped.
+
+        Args:
+            number: of the receipt; None: every request that can still be tested. The data must be reachable, as for `forget`.
+            references: models retrained, 2 or more.
+            shadows: shadow models for the likelihood-ratio attack: 0, or an even number of 4 or more.
+            protocol: an `OpenProblems` with knobs of your own.
+
+        Returns:
+            What is in ``audit.json``.
+
+        Raises:
+            BadInput: there is no such receipt, or a number that cannot be used.
+            Refused: the data of an event cannot be reached.
+        """
+        from remanence.life.audit import audit
+
+        return audit(self, number, references=references, shadows=shadows, protocol=protocol)
+
+    def hardest(self, n: int, **knobs: Any) -> Ids:
+        """The `n` learned examples that are hardest to forget, to ask for instead of random ones; nothing moves.
+
+        Args:
+            knobs: of `measure.WorstCaseForget`, such as ``easiest=True``.
+
+        Raises:
+            BadInput: n is not between 1 and what the life has learned, or an unknown knob.
+            Refused: the data of an event cannot be reached.
+        """
+        from remanence.core.knobs import build
+        from remanence.data import cat
+        from remanence.measure.benchmarks.worst_case_forget import WorstCaseForget
+
+        by = build(WorstCaseForget, knobs, "worst-case-forget")
+        history = self._history()
+        if not history:
+            raise Refused(
+                "this life has no learned data that can be reached; give it: Life.resume(home, model, data=...)"
+            )
+        chosen: Ids = by.select(self._context(), cat(history), n, self.seed)
+        return chosen
+
     def content_digest(self) -> str:
         """SHA-256 of everything the ledger says but times, salts, signatures and attempts: equal lives have equal digests."""
         return self._ledger.content_digest()
 
     def redact(self) -> list[str]:
         """Remove request texts, salts and ids of every request whose ids are deleted everywhere; the chain stays whole."""
-        from remanence.life.forgetting import redact
+        from remanence.life.erasing import redact
 
         return redact(self)
 
@@ -575,7 +624,7 @@ class Life:
     def _writable(self) -> None:
         """Nothing new begins before what was begun is done: an erasure or a receipt's file that is owed, a request that was
         interrupted."""
-        from remanence.life.forgetting import copy_receipts
+        from remanence.life.erasing import copy_receipts
 
         if self._ledger.get_current("owed"):
             self._finish_owed()
@@ -583,7 +632,7 @@ class Life:
         self._continue_request()
 
     def _finish_owed(self) -> None:
-        from remanence.life.forgetting import finish
+        from remanence.life.erasing import finish
 
         finish(self)
 

@@ -239,6 +239,7 @@ class Forget(_Part):
     concepts: Words | None = None
     client: Annotated[Any, AfterValidator(_word)] = None
     originals: Annotated[Ids, PlainValidator(_ids), PlainSerializer(_runs)] | None = None
+    targets: list[float] | None = None
     by: Spec
     keep: Annotated[Specs, BeforeValidator(_no_null)] = []
     where: Specs | None = None

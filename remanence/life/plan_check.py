@@ -125,6 +125,11 @@ class _Check:
                 event.request()
         except BadInput as error:
             self.problems.add(place, str(error), key=True)
+        if event.targets is not None and isinstance(self.kind, Classification):
+            self.problems.add(
+                (*place, "targets"),
+                "targets are the numbers of a regression, and this problem has classes; write classes: [...]",
+            )
         by, method = self.method("forget", (*place, "by"), event.by)
         given = self.settings(place, event.given())
         defaults = dict(method.defaults) if isinstance(method, Forgetter) else {}
@@ -186,6 +191,11 @@ class _Check:
         made = self._said(place, spec, lambda: cls(**knobs))
         if made is not None:
             self._said(place, spec, lambda: check_fits([made], self.kind))
+            if isinstance(self.kind, Regression) and "class-balanced" in _policies(made):
+                self.problems.add(
+                    place,
+                    f"{slug} shares its buffer out by classes, and a regression has none; write {{{slug}: {{policy: reservoir, capacity: 200}}}}",
+                )
         return {slug: _filled(cls, knobs)}, made
 
     def knobs(self, place: Place, name: str, given: Mapping[str, Any], valid: Sequence[str]) -> bool:
@@ -297,6 +307,12 @@ class _Check:
             if self._said(place, spec, make) is None:
                 return spec
         filled = {p.name: p.default for p in parameters if p.default is not _NO_DEFAULT}
+        ours_empty = ":" not in name and {**filled, **knobs}.get("outputs") == 0
+        if part == "model" and isinstance(self.kind, Regression) and ours_empty:
+            self.problems.add(
+                place,
+                f"a regression's network needs its outputs from the start, for no class adds any; write model: {{{name}: {{outputs: 1}}}}",
+            )
         return {name: _plain({**filled, **knobs})}
 
     def _fits(self, place: Place, name: str, function: Any, knobs: Mapping[str, Any]) -> bool:
@@ -342,6 +358,11 @@ class _Check:
             )
             return None
         return value
+
+
+def _policies(method: Method) -> list[Any]:
+    """By what rule each of the method's buffers says which rows stay."""
+    return [getattr(value, "policy", None) for value in method.remembered().values()]
 
 
 def _filled(cls: type[Any], knobs: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ _LIFE = (
     "life",
     "learning",
     "forgetting",
+    "erasing",
     "events",
     "state",
     "evidence",

@@ -56,7 +56,15 @@ def _charts(report: ReportData, columns: charts.Columns) -> list[tuple[str, str,
     if not report["events"]:
         return []
     found = [("Events", "", charts.timeline(columns))]
-    if report["tasks"]:
+    if report["tasks"] and report["score"] != "accuracy":
+        found.append(
+            (
+                f"{words.SCORE_NAMES.get(report['score'], report['score'])} of each task",
+                "on held-out data, after each event; lower is better; a row is a task; shaded from 0 to the largest",
+                charts.heat(columns, report["tasks"], report["matrix"], report["score"]),
+            )
+        )
+    elif report["tasks"]:
         found.append(
             (
                 "Accuracy of each task",
@@ -97,7 +105,7 @@ def _figures(report: ReportData) -> list[tuple[str, str, str]]:
 
 
 def _learned(report: ReportData) -> list[dict[str, Any]]:
-    """Per task: its names, its accuracy now, and right after it was learned."""
+    """Per task: its names, its accuracy (or squared error) now, and right after it was learned."""
     found = []
     for j, task in enumerate(report["tasks"]):
         line = [row[j] for row in report["matrix"]]
@@ -168,6 +176,7 @@ def template(name: str) -> Template:
     )
     environment.filters.update(
         percent=words.percent,
+        figure=words.figure,
         number=words.number,
         size=words.size,
         duration=words.duration,
@@ -179,6 +188,7 @@ def template(name: str) -> Template:
         icon=charts.state_icon,
         counted=words.count,
         meaning=words.MEANING,
+        score_names=words.SCORE_NAMES,
         status_glyphs=words.STATUS_GLYPHS,
         marker=charts.marker,
     )

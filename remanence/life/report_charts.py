@@ -230,9 +230,12 @@ def floor(matrix: Sequence[Series]) -> float:
     return min(int(max(min(values, default=0.0) - 0.02, 0.0) * 10), 8) / 10
 
 
-def heat(columns: Columns, tasks: Sequence[TaskData], matrix: Sequence[Series]) -> Markup:
-    """Accuracy in per cent: a row per task, a column per event; the shade goes from the charts' floor to 100 %."""
-    row, top, low = 30.0, 6.0, floor(matrix)
+def heat(columns: Columns, tasks: Sequence[TaskData], matrix: Sequence[Series], score: str = "accuracy") -> Markup:
+    """A row per task, a column per event. Accuracies are in per cent, the shade goes from the charts' floor to 100 %; squared errors
+    are as they are, the shade goes from 0 to the largest."""
+    shares = score == "accuracy"
+    largest = max((value for line in matrix for value in line if value is not None), default=0.0) or 1.0
+    row, top, low, high = 30.0, 6.0, floor(matrix) if shares else 0.0, 1.0 if shares else largest
     height = top + row * len(tasks) + 24
     found: list[Markup] = []
     for j, task in enumerate(tasks):
@@ -251,7 +254,7 @@ def heat(columns: Columns, tasks: Sequence[TaskData], matrix: Sequence[Series]) 
             if value is None:
                 found.append(el("circle", cx=x, cy=y + row / 2, r=1.5, class_="none"))
                 continue
-            depth = 0.06 + 0.88 * (min(max(value, low), 1.0) - low) / (1 - low)
+            depth = 0.06 + 0.88 * (min(max(value, low), high) - low) / (high - low)
             cell = el(
                 "rect",
                 x=x - columns.column / 2 + 1,
@@ -266,13 +269,13 @@ def heat(columns: Columns, tasks: Sequence[TaskData], matrix: Sequence[Series]) 
                 cell,
                 el(
                     "text",
-                    f"{100 * value:.1f}",
+                    f"{100 * value:.1f}" if shares else number(value),
                     x=x,
                     y=y + row / 2 + 4,
                     class_="label mid " + ("over" if depth > 0.74 else ""),
                 ),
             ]
-    title = "Accuracy matrix: tasks by events, in per cent"
+    title = "Accuracy matrix: tasks by events, in per cent" if shares else "Mean squared errors: tasks by events"
     names = ", ".join(task_name(task["names"], task["id"]) for task in tasks)
     return svg(
         "matrix",

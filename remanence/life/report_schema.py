@@ -132,7 +132,8 @@ class ReceiptData(TypedDict):
 
 
 class ReportData(TypedDict):
-    """`matrix`: accuracy, one row per event, one column per task. `state`: ``complete`` or ``in progress``."""
+    """`matrix`: one row per event, one column per task, of `score`: ``accuracy``, or ``mse`` of a regression. `state`: ``complete`` or
+    ``in progress``."""
 
     name: str
     life: str
@@ -141,6 +142,7 @@ class ReportData(TypedDict):
     content_digest: str
     events: list[EventData]
     tasks: list[TaskData]
+    score: str
     matrix: list[list[float | None]]
     summary: dict[str, FigureData]
     forgotten: list[ForgottenData]
@@ -203,6 +205,7 @@ _REPORT: dict[str, Any] = {
     "content_digest": "",
     "events": [],
     "tasks": [],
+    "score": "accuracy",
     "matrix": [],
     "summary": {},
     "forgotten": [],

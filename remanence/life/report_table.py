@@ -77,11 +77,14 @@ def _table(*columns: tuple[str, bool] | tuple[str, bool, int]) -> Table:
 
 
 def _events(report: ReportData) -> Table:
-    """One row per event: how accurate each task was after it, in per cent."""
+    """One row per event: how accurate each task was after it, in per cent; for a regression its mean squared error."""
     names = [task_name(task["names"], task["id"]) for task in report["tasks"]]
+    if report["score"] != "accuracy":
+        names = [f"{report['score']}, {name}" for name in names]
     table = _table(("#", True), ("event", False, 20), *[(name, True) for name in names], ("time", True), ("", False, 2))
     for event, row in zip(report["events"], report["matrix"], strict=True):
-        cells = [Text("·", style="dim") if value is None else Text(f"{100 * value:.1f}") for value in row]
+        shown = [None if v is None else f"{100 * v:.1f}" if report["score"] == "accuracy" else number(v) for v in row]
+        cells = [Text("·", style="dim") if value is None else Text(value) for value in shown]
         status, forgets = event["status"], event["kind"] == "forget"
         said = STATUS_GLYPHS.get(status, "?") + ("" if status == "done" else f" {status}")
         label = Text.assemble((event["label"], "bold" if forgets else ""), (f" · {event['by']}", "dim"))

@@ -32,6 +32,7 @@ SUMMARY_NAMES = {
     "backward_transfer": "Backward transfer",
     "forward_transfer": "Forward transfer",
 }
+SCORE_NAMES = {"accuracy": "Accuracy", "mse": "Mean squared error"}
 #: Figures that are differences and so carry a sign.
 SIGNED = ("backward_transfer", "forward_transfer")
 
@@ -42,6 +43,11 @@ def percent(value: float | None, signed: bool = False) -> str:
         return DASH
     text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
     return text.replace("-", MINUS) + " %"
+
+
+def figure(value: float | None, score: str) -> str:
+    """A figure of the matrix: accuracies are shares, squared errors have the target's unit squared."""
+    return percent(value) if score == "accuracy" else number(value)
 
 
 def number(value: float | None, digits: int = 3) -> str:

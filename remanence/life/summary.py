@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from remanence.core.ids import Ids
 from remanence.core.problem import Classification
-from remanence.life.forgetting import receipt_from
+from remanence.life.erasing import receipt_from
 from remanence.life.ledger import Row
 from remanence.life.references import kept_bytes
 from remanence.life.snapshots import weights_sha256
@@ -33,9 +33,8 @@ def summary(life: Life) -> dict[str, Any]:
     lived = len(rows) + life._ledger.get_current("repeated", 0)  # a repeated request of the plan is no event of its own
     tasks = {row.body["task"]["id"]: row.body["task"]["names"] for row in rows if row.kind == "learn"}
     columns = list(tasks)
-    # A regression's squared errors are among each event's measures; they are no accuracies.
     told = isinstance(life.problem, Classification)
-    matrix = [[row.body["accuracy"].get(str(task)) if told else None for task in columns] for row in rows]
+    matrix = [[row.body["accuracy"].get(str(task)) for task in columns] for row in rows]  # of a regression: mse
     return {
         "name": born["name"],
         "life": life._ledger.life,
@@ -44,6 +43,7 @@ def summary(life: Life) -> dict[str, Any]:
         "content_digest": life.content_digest(),
         "events": [_event(life, row) for row in rows],
         "tasks": [{"id": task, "names": names} for task, names in tasks.items()],
+        "score": "accuracy" if told else "mse",
         "matrix": matrix,
         "summary": _figures(rows, columns) if told else {},
         "forgotten": _forgotten(rows),

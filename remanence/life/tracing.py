@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from remanence.core.holder import STATES
+from remanence.core.holder import STATES, Holder
 from remanence.core.ids import Ids
 from remanence.life.books import Books
-from remanence.life.forgetting import consumed_by, records_held
 from remanence.life.record import Trace, apply_row
 
 if TYPE_CHECKING:
@@ -28,21 +27,22 @@ def trace(life: Life, ids: Ids, erasing: bool | None = None) -> list[Trace]:
         derived = (ids - records) & method.inputs if method.derived() else Ids()
         for found, state, why in life._books.weights(derived):
             rows.append(Trace(name, found, state, ("weights",), f"computed by the weights ({why})"))
-        purged = _once_held(life, name, ids) - records - derived
-        if purged:
-            rows.append(Trace(name, purged, "deleted", (), "purged on request; no copy is left"))
+        for why, purged in _once_held(life, name, ids).items():
+            if gone := purged - records - derived:
+                rows.append(Trace(name, gone, "deleted", (), why))
     rows += _snapshots(life, ids) + _checkpoint(life, ids) + _references(life, ids)
     if owed:
         rows = [Trace(t.holder, t.ids, "holds", t.inputs, f"erasing: {t.reason}") for t in rows]
     return sorted(rows, key=lambda t: STATES.index(t.state))
 
 
-def _once_held(life: Life, holder: str, ids: Ids) -> Ids:
-    """Those of `ids` that a forget found in `holder`."""
-    found = Ids()
+def _once_held(life: Life, holder: str, ids: Ids) -> dict[str, Ids]:
+    """Those of `ids` that a forget found in `holder`, by what became of them there."""
+    found: dict[str, Ids] = {}
     for row in life._rows:
         if row.kind == "forget" and holder in row.body["held"]:
-            found = found | (ids & life._ids(row.body["ids"]))
+            why = row.body["why"] if holder == row.body["through"] else "purged on request; no copy is left"
+            found[why] = found.get(why, Ids()) | (ids & life._ids(row.body["ids"]))
     return found
 
 
@@ -130,3 +130,21 @@ def _references(life: Life, ids: Ids) -> list[Trace]:
                         Trace(holder, ids & life._ids(row.body["ids"]), "deleted", (), "the reference was erased")
                     )
     return [row for row in rows if row.ids]
+
+
+def consumed_by(life: Life, event: int) -> Ids:
+    """Ids consumed by the learn events up to event number `event`."""
+    found = Ids()
+    for row in life._rows:
+        if row.kind == "learn" and row.body["event"] <= event:
+            found = found | life._ids(row.body["new"]) | life._ids(row.body["replayed"])
+    return found
+
+
+def records_held(method: Any, ids: Ids) -> Ids:
+    """Ids whose records (not values computed by weights) are in the method's memory."""
+    found = Ids()
+    for value in method.remembered().values():
+        if isinstance(value, Holder) and not getattr(value, "derived", False):
+            found = found | value.holds(ids)
+    return found

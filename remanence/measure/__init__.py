@@ -2,4 +2,4 @@
 
 from remanence.catalogue import surface
 
-__getattr__, __dir__ = surface("measure", ("metrics",))
+__getattr__, __dir__ = surface("measure", ("metrics", "benchmarks"))

@@ -62,6 +62,21 @@ def mentr(logits: Any, labels: Any) -> Floats:
     return np.asarray(-np.exp(log_rest[rows, y]) * log_p[rows, y] - others.sum(axis=1))
 
 
+def log_odds(logits: Any, labels: Any) -> Floats:
+    """``log F_y - log(1 - F_y)``, (N,), the logit-scaled confidence: ``z_y - log sum_{i != y} e^{z_i}``, finite also where F_y rounds
+    to 1 (Carlini et al. 2022).
+
+    Raises:
+        BadInput: there is one column only, in which every answer is sure.
+    """
+    z, y = _check(logits, labels)
+    if z.shape[1] < 2:
+        raise BadInput("log-odds need two columns or more")
+    log_p, log_rest = _logs(z)
+    rows = np.arange(len(y))
+    return np.asarray(log_p[rows, y] - log_rest[rows, y])
+
+
 # ------------------------------------------------------------------------------------ attacks: a score for each example
 
 
@@ -73,6 +88,11 @@ def loss_threshold(logits: Any, labels: Any) -> Floats:
 def modified_entropy(logits: Any, labels: Any) -> Floats:
     """``-mentr``: what was learned is answered surely and rightly (Song & Mittal 2021)."""
     return -mentr(logits, labels)
+
+
+def low_entropy(logits: Any, labels: Any = None) -> Floats:
+    """``-entropy``: what was learned is answered surely, rightly or not (Song & Mittal 2021). The labels are not used."""
+    return -entropy(logits)
 
 
 def squared_error(values: Any, targets: Any) -> Floats:
@@ -119,6 +139,34 @@ def logistic(
         model = LogisticRegression(class_weight="balanced", max_iter=1000).fit(scale.transform(x[fit]), target[fit])
         scores[~fit] = model.decision_function(scale.transform(x[~fit]))
     return scores[: len(inside)], scores[len(inside) :]
+
+
+def efficacy(
+    retain: tuple[Any, Any], test: tuple[Any, Any], forget: tuple[Any, Any], seed: int = 0, limit: int = 1000
+) -> float:
+    """MIA-efficacy: the share of the forget set that is taken for non-members, in [0, 1]; compare with retraining, which is not at 1.
+
+    A support vector machine (RBF, C = 3, gamma 1 over the number of features, here 1) on the confidence ``F_y`` is fitted on as many
+    retained examples (members) as held-out ones (non-members), drawn from `seed`, and asked about the forget set (Jia et al. 2023,
+    arXiv 2304.04934; Fan et al. 2024, arXiv 2310.12508). For a whole class, leave it out of the held-out data, too.
+
+    Args:
+        retain, test, forget: (logits, labels) each.
+        limit: the most examples of a side to fit on; the papers have no limit, and the machine is quadratic in it.
+
+    Raises:
+        BadInput: one of the three is empty.
+    """
+    from sklearn.svm import SVC
+
+    members, others, asked = (confidence(*side) for side in (retain, test, forget))
+    size = min(len(members), len(others), limit)
+    if not size or not len(asked):
+        raise BadInput("MIA-efficacy needs retained, held-out and forgotten examples")
+    rng = np.random.default_rng(seed)
+    x = np.concatenate([side[rng.permutation(len(side))[:size]] for side in (members, others)])[:, None]
+    machine = SVC(C=3.0, gamma="auto", kernel="rbf").fit(x, np.repeat([1, 0], size))
+    return float((machine.predict(asked[:, None]) == 0).mean())
 
 
 def features(logits: Any, labels: Any) -> Floats:
@@ -260,6 +308,8 @@ def audit(
 SCORES: dict[str, Callable[[Any, Any], Floats]] = {
     "loss-threshold": loss_threshold,
     "modified-entropy": modified_entropy,
+    "confidence": confidence,
+    "entropy": low_entropy,
     "squared-error": squared_error,
 }
 ATTACKS = (*SCORES, "logistic")

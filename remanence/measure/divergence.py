@@ -77,6 +77,19 @@ def gaussian_kl(reference: Any, model: Any, sigma: float = 1.0) -> Floats:
     return squared_difference(reference, model) / (2.0 * sigma**2)
 
 
+def wasserstein(reference: Any, model: Any) -> float:
+    """Wasserstein-1 distance of the two sets of values (N,) or (N, 1) and (M,) or (M, 1), each as a distribution of its own: the
+    integral of the difference of their distribution functions, in the target's unit. It does not ask which value belongs to which
+    example: 0 where the values are the same in any order."""
+    given = [_array(values) for values in (reference, model)]
+    if any(not values.ndim or not values.size or values.size != len(values) for values in given):
+        raise BadInput(f"values must be (N,) or (N, 1) with N > 0, got {given[0].shape} and {given[1].shape}")
+    a, b = (np.sort(values.reshape(-1)) for values in given)
+    every = np.sort(np.concatenate([a, b]))
+    below = [np.searchsorted(side, every[:-1], side="right") / len(side) for side in (a, b)]
+    return float((np.abs(below[0] - below[1]) * np.diff(every)).sum())
+
+
 def shared(
     reference: Any, model: Any, reference_labels: Sequence[int] | None = None, model_labels: Sequence[int] | None = None
 ) -> tuple[Floats, Floats]:

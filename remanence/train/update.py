@@ -21,7 +21,7 @@ from remanence.data import Examples, Task
 from remanence.nn.anatomy import evaluating, head, module_bytes, reinitialised
 from remanence.nn.masks import Restore
 from remanence.train.forward import Forward
-from remanence.train.roles import HOOKS, Keeper, Learner, Method, Owner, Step
+from remanence.train.roles import HOOKS, Forgetter, Keeper, Learner, Method, Owner, Step
 from remanence.train.schedules import Constant, schedule_of
 from remanence.train.settings import Settings
 from remanence.train.stopping import Stopping
@@ -38,6 +38,26 @@ class Classes:
     seen: Tensor
     new: Tensor
     old: Tensor
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a forgetter achieved on a copy of the life's network, measured against retrained models on the `tune` share of the
+    held-out data. `short`: the figures that are not yet like retraining's; `far`: those farther than doing nothing; `adopt`: make
+    the copy's weights the network's; `seconds`: of the method alone."""
+
+    slug: str
+    short: list[str]
+    far: list[str]
+    seconds: float
+    notes: list[str]
+    adopt: Callable[[], None]
+
+    def __str__(self) -> str:
+        if not self.short:
+            return f"{self.slug}: like retraining in every figure ({self.seconds:.2g} s)"
+        far = f"; farther than before: {', '.join(self.far)}" if self.far else ""
+        return f"{self.slug}: not like retraining in {', '.join(self.short)}{far} ({self.seconds:.2g} s)"
 
 
 class Context:
@@ -183,6 +203,8 @@ class Update(Context):
         self.settings, self.parts, self.task = settings, list(parts), task
         #: The life's learner and keepers, which in a forget run stand outside the loop: what they remember may be looked at.
         self.learner: Learner | None = owner if isinstance(owner, Learner) else None
+        #: Set by a life in a forget run: what another forgetter would achieve on a copy of the network, see `Trial`.
+        self.trial: Callable[[Forgetter, int], Trial] | None = None
         self.keepers: list[Keeper] = [part for part in parts if isinstance(part, Keeper)]
         self.seed, self.event, self.kind = seed, event, kind
         self.metrics = [metric for metric in metrics if getattr(metric, "every", 0)]
@@ -575,4 +597,4 @@ def _cuda(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
-__all__ = ["HOOKS", "Classes", "Consumed", "Context", "Progress", "Update", "hooks"]
+__all__ = ["HOOKS", "Classes", "Consumed", "Context", "Progress", "Trial", "Update", "hooks"]

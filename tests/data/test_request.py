@@ -78,3 +78,25 @@ def test_originals_name_every_copy():
         and request.asked() == {"originals": wanted}
         and request.plain() == "every copy of 2 examples"
     )
+
+
+def test_targets_name_a_range_with_both_ends():
+    parts = [
+        Examples({"y": torch.tensor([0.0, 0.1, 29.5, 30.0, 30.5])}, "flat", range(5)),
+        Examples({"y": torch.tensor([[-1.0], [7.0]])}, "column", range(10, 12)),
+        Examples({"y": torch.tensor([12, 99])}, "whole numbers", range(20, 22)),
+    ]
+    request = Request(targets=(0, 30))
+    assert request.resolve(parts) == (Ids([0, 1, 2, 3, 11, 20]), Ids())
+    assert request.asked() == {"targets": [0.0, 30.0]} and Request(**request.asked()) == request
+    assert request.plain() == "targets from 0 to 30"
+    assert Request(ids=[4], targets=[-0.5, 0.1]).plain() == "1 given example and targets from -0.5 to 0.1"
+    assert Request(ids=[4], targets=[-0.5, 0.1]).resolve(parts) == (Ids([0, 1, 4]), Ids())
+    assert Request(targets=(50, 60)).resolve(parts) == (Ids(), Ids())
+    for wrong in ([1.0], [1, 2, 3], [2, 1], [0, float("nan")], [0, float("inf")], ["0", "1"], [True, 2]):
+        with pytest.raises(BadInput, match="two numbers"):
+            Request(targets=wrong)
+    with pytest.raises(UnknownName, match="one number per example"):
+        request.resolve([Examples({"y": torch.zeros(3, 2)}, "pairs")])
+    with pytest.raises(UnknownName, match="no column 'y'"):
+        request.resolve([Examples({"x": torch.zeros(3, 2)}, "bare")])

@@ -215,7 +215,7 @@ def test_plans_name_streams_over_sources(tmp_path: Path) -> None:
     ):
         found = planned(f"split-classes: {{source: {{{source}}}}}")
         assert found.fingerprint() == split_classes(d).fingerprint(), source
-    assert set(STREAMS) == {"split-digits", "split-idx", "split-classes", "blurry", "permuted", "rotated"}
+    assert set(STREAMS) == {"split-digits", "split-idx", "split-classes", "blurry", "permuted", "rotated", "corrupted"}
 
 
 @pytest.mark.parametrize(

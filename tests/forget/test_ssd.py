@@ -13,7 +13,7 @@ from remanence.data import Examples
 from remanence.forget.ssd import SSD, dampen
 from remanence.models import mlp
 from remanence.nn.fisher import batch_fisher
-from tests.forget.helpers import class_accuracy, class_ids, digits_model, forgotten, same, split, taught
+from tests.forget.helpers import accuracy, class_accuracy, class_ids, digits_model, forgotten, same, split, taught
 
 TRAIN, TEST = split()
 THREE = class_ids(TRAIN, 3)
@@ -169,3 +169,25 @@ def test_wrong_knobs():
         SSD(selection=-1.0)
     with pytest.raises(BadInput, match="importance"):
         SSD(importance="examples")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_guard_finds_the_strongest_dampening_that_the_rest_bears(seed):
+    """From a selection that ruins the network: it ends within the fall allowed, one step below it does not."""
+    model, eight = digits_model(seed), class_ids(TRAIN, 8)
+    ruined, _ = forgotten(model, SSD(selection=0.5), TRAIN, eight)
+    rest = TRAIN.without(eight)
+    assert accuracy(ruined, rest) < accuracy(model, rest) - 0.1
+    guarded, outcome = forgotten(model, SSD(selection=0.5, guard=0.02), TRAIN, eight)
+    assert accuracy(guarded, rest) >= accuracy(model, rest) - 0.02
+    found = float(outcome.notes[0].rpartition(" ")[2])
+    assert found > 0.5
+    below, _ = forgotten(model, SSD(selection=found / (4 / 3)), TRAIN, eight)
+    assert accuracy(below, rest) < accuracy(model, rest) - 0.02
+    assert same(forgotten(model, SSD(selection=0.5, guard=1.0), TRAIN, eight)[0], ruined)  # everything is allowed
+
+
+def test_a_guard_needs_something_to_look_at():
+    model = digits_model()
+    with pytest.raises(BadInput, match="guard"):
+        forgotten(model, SSD(guard=0.1), TRAIN, TRAIN.ids)

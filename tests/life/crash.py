@@ -45,7 +45,7 @@ def live(plan: str, home: str, config: str, kill_at_sync: int | None, kill_at_st
     """Begin the life of a plan or go on with it to its end; dies at the n-th flush to the disk, or when a step of a request is reached."""
     import torch
 
-    from remanence.life import files, forgetting
+    from remanence.life import erasing, files
     from remanence.life.run import run_plan
 
     os.environ["REMANENCE_CONFIG"] = config
@@ -68,7 +68,7 @@ def live(plan: str, home: str, config: str, kill_at_sync: int | None, kill_at_st
 
     os.fsync = sync(os.fsync)  # type: ignore[assignment]
     os.replace = sync(os.replace)  # type: ignore[assignment]
-    forgetting.reached = reached
+    erasing.reached = reached
     assert files.os is os
     run_plan(plan, home).close()
 

@@ -154,7 +154,7 @@ def scan(home: Path, patterns: dict[str, list[bytes]]) -> set[tuple[str, str]]:
 def secret_life(home: str, config: str, by: str, kill_at_step: str | None) -> None:
     """Learn the secrets and forget them; die when a step of the request is reached. For a process of its own."""
     from remanence.data import Request
-    from remanence.life import forgetting
+    from remanence.life import erasing
 
     os.environ["REMANENCE_CONFIG"] = config
     torch.set_num_threads(1)
@@ -163,7 +163,7 @@ def secret_life(home: str, config: str, by: str, kill_at_step: str | None) -> No
         if step == kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    forgetting.reached = reached
+    erasing.reached = reached
     tasks = secret_stream()
     if (Path(home) / "ledger.db").exists():
         life = Life.resume(home, network, tasks)

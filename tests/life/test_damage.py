@@ -207,7 +207,7 @@ def test_a_missing_signing_key_is_noticed_before_anything_moves(
 def test_a_key_that_goes_missing_in_the_middle_leaves_a_receipt_owed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from remanence.life import forgetting
+    from remanence.life import erasing
 
     monkeypatch.setenv("REMANENCE_CONFIG", str(tmp_path / "config"))
     gone = of_class(stream()[1], 3)
@@ -218,10 +218,10 @@ def test_a_key_that_goes_missing_in_the_middle_leaves_a_receipt_owed(
             if step == "commit":
                 (tmp_path / "config").rename(tmp_path / "elsewhere")
 
-        monkeypatch.setattr(forgetting, "reached", hide)
+        monkeypatch.setattr(erasing, "reached", hide)
         with pytest.raises(StorageError, match="signing key"):
             life.forget(Request(classes=[3]), by="retrain")
-        monkeypatch.setattr(forgetting, "reached", lambda step: None)
+        monkeypatch.setattr(erasing, "reached", lambda step: None)
         assert all(row.state == "holds" and "erasing" in row.reason for row in life.trace(gone))
         with pytest.raises(StorageError, match="signing key"):
             life.learn(stream()[2], **FAST)  # nothing new before what is owed

@@ -18,7 +18,7 @@ from remanence.data import Examples, Task
 from remanence.keep.ewc import EWC
 from remanence.keep.fpf import FPF
 from remanence.learn.finetune import Finetune
-from remanence.life import forgetting
+from remanence.life import erasing
 from remanence.life.evidence import split
 from remanence.life.references import live_again
 from remanence.life.run import continue_plan, run_plan
@@ -71,7 +71,7 @@ def test_an_accepted_request_waits_for_its_data_and_is_not_lost(
     with rm.Life(net(), home=tmp_path) as life:
         life.learn(cut(TASKS[0]), **FAST)
         with monkeypatch.context() as patch:
-            patch.setattr(forgetting, "reached", stop)
+            patch.setattr(erasing, "reached", stop)
             with pytest.raises(KeyboardInterrupt):
                 life.forget(rm.Request(ids=TASKS[0].train.id[:3].tolist()), by="retrain")
     with rm.Life.resume(tmp_path, net()) as life, pytest.raises(Refused, match="data="):

@@ -390,7 +390,7 @@ def test_plans_with_slips_of_the_pen(slips: list[tuple[int, str, int]]) -> None:
 
 
 def test_what_cannot_compose_is_said_at_its_line() -> None:
-    text = "model: {mlp: {}}\nproblem: regression\nstream: split-digits\nkeep: [l2, lwf]\nevents:\n  - learn: 0\n  - forget: {classes: [1], by: salun}\n"
+    text = "model: {mlp: {outputs: 1}}\nproblem: regression\nstream: split-digits\nkeep: [l2, lwf]\nevents:\n  - learn: 0\n  - forget: {classes: [1], by: salun}\n"
     with pytest.raises(PlanError) as found:
         parse_plan(text)
     said = str(found.value).splitlines()
@@ -399,3 +399,48 @@ def test_what_cannot_compose_is_said_at_its_line() -> None:
     )
     assert said[1].startswith("plan.yaml:7: salun needs classes") and "gradient-ascent" in said[1]
     assert parse_plan(text.replace("regression", "classification"))
+
+
+REGRESSION = """\
+model: {mlp: {hidden: [8], outputs: 1}}
+problem: regression
+stream: {permuted: {source: {csv: {path: people.csv, label: age}}, tasks: 1}}
+keep: [{replay: {policy: reservoir, capacity: 20}}]
+events:
+  - learn: 0
+  - forget: {targets: [0, 30], by: blindspot-regression}
+"""
+
+
+def test_a_range_of_targets_is_asked_of_a_regression() -> None:
+    plan = parse_plan(REGRESSION)
+    event = plan.events[1].forget
+    assert event is not None and event.request().plain() == "targets from 0 to 30"
+    assert plan.canonical() == parse_plan(REGRESSION.replace("[0, 30]", "[0.0, 30.0]")).canonical()
+    assert plan.canonical()["events"][1]["forget"]["targets"] == [0.0, 30.0]
+    for text, line, said in (
+        (REGRESSION.replace("[0, 30]", "[30, 0]"), 7, "the smaller first"),
+        (REGRESSION.replace("[0, 30]", "[a, 30]"), 7, "must be a number"),
+        (
+            REGRESSION.replace("problem: regression\n", "").replace("blindspot-regression", "ssd"),
+            6,
+            "has classes; write classes",
+        ),
+    ):
+        with pytest.raises(PlanError) as found:
+            parse_plan(text)
+        assert f"plan.yaml:{line}: " in str(found.value) and said in str(found.value)
+
+
+def test_what_a_regression_cannot_be_is_said_when_the_plan_is_read() -> None:
+    text = REGRESSION.replace(", outputs: 1", "").replace("{policy: reservoir, capacity: 20}", "{per_class: 5}")
+    with pytest.raises(PlanError) as found:
+        parse_plan(text)
+    first, second = str(found.value).splitlines()
+    assert first.startswith("plan.yaml:1: a regression's network needs its outputs") and "{outputs: 1}" in first
+    assert second.startswith("plan.yaml:4: replay shares its buffer out by classes") and "policy: reservoir" in second
+    assert parse_plan(
+        text.replace("problem: regression\n", "").replace(
+            "targets: [0, 30], by: blindspot-regression", "classes: [1], by: ssd"
+        )
+    )

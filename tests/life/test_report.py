@@ -20,6 +20,7 @@ from remanence.core.ids import Ids
 from remanence.data import Examples, Request, Task
 from remanence.life.life import Life
 from remanence.life.report import render_html, render_table
+from remanence.life.report_words import number
 from remanence.life.snapshots import weights_sha256
 from remanence.models import mlp
 from tests.life.helpers import (
@@ -233,6 +234,10 @@ def test_a_regression_life_has_a_report(tmp_path: Path) -> None:
         data = data_of(life)
         assert len(data["events"]) == 2 and data["receipts"][0]["status"] == "done"
         assert data["events"][0]["measures"]["mse"] > 0
-        assert data["matrix"] == [[None], [None]] and data["summary"] == {}  # a squared error is no accuracy
-        check_page((tmp_path / "report.html").read_text())
-        table_of(data, 80)
+        assert data["score"] == "mse" and data["summary"] == {}  # a squared error is no accuracy
+        assert [row for (row,) in data["matrix"]] == [event["measures"]["mse"] for event in data["events"]]
+        page = (tmp_path / "report.html").read_text()
+        check_page(page)
+        shown = number(data["matrix"][0][0])
+        assert "Mean squared error of each task" in page and shown in page and "Accuracy" not in page
+        assert shown in table_of(data, 80) and "mse, task 0" in table_of(data, 80)

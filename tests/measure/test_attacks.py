@@ -229,3 +229,47 @@ def test_purpose_an_overfitted_network_gives_its_members_away():
             assert row["low"] > 0.6 if learned else row["low"] < 0.5 < row["high"], name
         if not learned:
             taught(model, members, epochs=60, batch_size=30, lr=5e-3)
+
+
+def test_log_odds_are_the_logit_of_the_confidence():
+    logits, labels = answers(200, 6, 3)
+    p = attacks.confidence(logits, labels)
+    np.testing.assert_allclose(attacks.log_odds(logits, labels), np.log(p) - np.log1p(-p), rtol=1e-9, atol=1e-9)
+    assert attacks.log_odds([[900.0, 0.0, 0.0]], [0])[0] == pytest.approx(900 - math.log(2), rel=1e-12)  # p rounds to 1
+    assert attacks.log_odds([[0.0, 0.0]], [1])[0] == 0
+    with pytest.raises(BadInput, match="two columns"):
+        attacks.log_odds([[1.0]], [0])
+
+
+def test_confidence_ranks_as_the_loss_and_entropy_asks_for_no_label():
+    (a, y), (b, z) = answers(150, 5, 0, 1.0), answers(150, 5, 1, 1.0)
+    a[np.arange(150), y] += 2
+    found = attacks.audit(a, y, b, z, ["loss-threshold", "confidence", "entropy"])
+    assert found["confidence"]["auc"] == pytest.approx(found["loss-threshold"]["auc"], abs=1e-12)
+    assert found["entropy"]["auc"] == attacks.auc(-attacks.entropy(a), -attacks.entropy(b)).value
+    np.testing.assert_array_equal(attacks.low_entropy(a, y), attacks.low_entropy(a, (y + 1) % 5))
+
+
+def test_efficacy_is_the_support_vector_machines_share_of_non_members():
+    """Against scikit-learn by hand where the sides are equal; 0 for sure members, 1 for strangers, whatever their number."""
+    from sklearn.svm import SVC
+
+    def side(n: int, seed: int, lift: float) -> tuple[np.ndarray, np.ndarray]:
+        z, y = answers(n, 4, seed, 1.0)
+        z[np.arange(n), y] += lift
+        return z, y
+
+    retain, test, forget = side(80, 0, 3.0), side(80, 1, 0.0), side(40, 2, 1.5)
+    x = np.concatenate([attacks.confidence(*retain), attacks.confidence(*test)])[:, None]
+    machine = SVC(C=3.0, gamma="auto").fit(x, np.repeat([1, 0], 80))
+    by_hand = float((machine.predict(attacks.confidence(*forget)[:, None]) == 0).mean())
+    assert attacks.efficacy(retain, test, forget) == by_hand and 0.1 < by_hand < 0.9
+    strong, weak = side(300, 3, 30.0), side(70, 4, -30.0)
+    assert (
+        attacks.efficacy(strong, weak, side(50, 5, 30.0)) == 0
+        and attacks.efficacy(strong, weak, side(50, 5, -30.0)) == 1
+    )
+    drawn = [attacks.efficacy(side(3000, 6, 1.0), side(500, 7, 0.0), forget, seed=s, limit=50) for s in (0, 0, 1)]
+    assert drawn[0] == drawn[1]
+    with pytest.raises(BadInput):
+        attacks.efficacy(retain, test, (forget[0][:0], forget[1][:0]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.spatial.distance import jensenshannon
+from scipy.stats import wasserstein_distance
 
 from remanence.core.errors import BadInput
 from remanence.measure import divergence
@@ -72,9 +73,23 @@ def test_regression_distances():
     assert divergence.gaussian_kl([0.3], [-1.1], sigma=1.5)[0] == pytest.approx(expected)
 
 
+def test_wasserstein_against_scipy():
+    rng = np.random.default_rng(0)
+    for n, m in ((50, 50), (7, 31), (1, 1), (1, 9)):
+        a, b = rng.normal(size=n), rng.normal(1.0, 2.0, size=m).round(1)  # rounded: some values twice
+        assert divergence.wasserstein(a, b) == pytest.approx(wasserstein_distance(a, b))
+        assert divergence.wasserstein(b[:, None], torch.from_numpy(a)) == pytest.approx(wasserstein_distance(a, b))
+    a = rng.normal(size=40)
+    assert divergence.wasserstein(a, rng.permutation(a)) == 0
+    assert divergence.wasserstein(a, a + 0.7) == pytest.approx(0.7)
+
+
 @pytest.mark.parametrize(
     "call",
     [
+        lambda p, q: divergence.wasserstein(p, q),
+        lambda p, q: divergence.wasserstein(p[:, 0], q[:0, 0]),
+        lambda p, q: divergence.wasserstein(1.0, 2.0),
         lambda p, q: divergence.kl(p, q[:, :3]),
         lambda p, q: divergence.kl(p, q[:10]),
         lambda p, q: divergence.kl(p, q, [0, 1, 2, 3, 4, 5]),
