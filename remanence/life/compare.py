@@ -351,6 +351,7 @@ def _request_rows(
                     metric: compare_distances(metric, x, y, z).verdict for metric, (x, y, z) in columns.items()
                 },
                 "cost": _stat(shares),
+                "peak": _stat([receipt["cost"].get("peak_bytes") for receipt in receipts.values()]),
                 "states": sorted(
                     {
                         row["state"]
@@ -373,6 +374,7 @@ def _request_rows(
                 "gaps": {m: _stat(v) for m, v in values.items()},
                 "verdicts": {},
                 "cost": _stat([cost]),
+                "peak": None,
                 "states": [],
             }
         )

@@ -77,9 +77,12 @@ def request_table(data: Mapping[str, Any], request: Mapping[str, Any]) -> tuple[
             verdict = row["verdicts"].get(metric)
             cells.append(stat(row["gaps"].get(metric)) + (f" ({verdict})" if verdict else ""))
         cells += [_klom(row, part, True) for part in _KLOM if "klom" in request]
-        rows.append([row["by"], *cells, stat(row["cost"], lambda value: number(value, 2)), ", ".join(row["states"])])
+        peak = size(row["peak"]["mean"]) if row["peak"] else DASH
+        rows.append(
+            [row["by"], *cells, stat(row["cost"], lambda value: number(value, 2)), peak, ", ".join(row["states"])]
+        )
     heading = [*metrics, *[f"KLoM {part}" for part in _KLOM if "klom" in request]]
-    return ["method", *heading, "cost", "weights"], rows
+    return ["method", *heading, "cost", "memory", "weights"], rows
 
 
 def _klom(row: Mapping[str, Any], part: str, whole: bool = False) -> str:
@@ -218,6 +221,7 @@ def as_csv(data: Mapping[str, Any]) -> str:
                     told = {"mean": value[key], "half": None, "n": request["klom"]["lives"]}
                     line("requests", request, request["request"], row["by"], f"KLoM {part}: {key}", told)
             line("requests", request, request["request"], row["by"], "cost", row["cost"])
+            line("requests", request, request["request"], row["by"], "peak bytes", row["peak"])
     return out.getvalue()
 
 

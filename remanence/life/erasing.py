@@ -182,6 +182,7 @@ def _receipt(life: Life, row: Row, erased: list[str], remaining: list[dict[str, 
         "at": time.time(),
         "cost": {
             "seconds": parts.get("method"),
+            "peak_bytes": body["peak_bytes"],
             "reference_seconds": parts["references"] / body["seeds"] if body["seeds"] and parts else None,
         },
     }

@@ -327,6 +327,7 @@ class _Work:
     why: str
     seconds: dict[str, float]
     steps: int
+    peak: int
 
     @property
     def whole(self) -> bool:
@@ -348,7 +349,7 @@ def _work(life: Life, asked: _Asked) -> _Work:
     clock = time.perf_counter()
     for method in life._state.holders().values():
         method.purge(asked.ids)
-    outcome, steps = _run(life, asked, forget_set, retain_set, retained, gone)
+    outcome, steps, peak = _run(life, asked, forget_set, retain_set, retained, gone)
     seconds = {"method": time.perf_counter() - clock}
     if outcome.exact and outcome.model is not None:  # found in a shared folder, it costs what it cost
         seconds["method"] = seconds_of(life, gone, life.seed) or seconds["method"]
@@ -368,7 +369,7 @@ def _work(life: Life, asked: _Asked) -> _Work:
         state, why = "unlearned", f"{slug}: {assessment.reason}"
     else:
         state, why = "holds", f"attempted: {slug}; {assessment.reason}"
-    return _Work(outcome, assessment, held, state, why, seconds, steps)
+    return _Work(outcome, assessment, held, state, why, seconds, steps, peak)
 
 
 def reference_seed(seed: int, k: int) -> int:
@@ -378,7 +379,7 @@ def reference_seed(seed: int, k: int) -> int:
 
 def _run(
     life: Life, asked: _Asked, forget_set: Examples, retain_set: Examples, retained: Sequence[Examples], gone: Ids
-) -> tuple[Outcome, int]:
+) -> tuple[Outcome, int, int]:
     state = life._state
     sources = {
         "forget": lambda: forget_set,
@@ -448,7 +449,7 @@ def _run(
             again = update(state.learner, "forgot", [state.learner, *state.keepers])
             with again._exit:
                 forgot(again, asked.ids)
-    return outcome, u.steps_done
+    return outcome, u.steps_done, u.peak_bytes
 
 
 def _source(sources: Mapping[str, Any], name: str) -> Examples:
@@ -512,6 +513,7 @@ def _commit(
         "after": work.assessment.after if work is not None else {},
         "earned": work.assessment.reason if work is not None else "",
         "steps": work.steps if work is not None else 0,
+        "peak_bytes": work.peak if work is not None else 0,
         "labels": list(life._state.labels),
         "holders": state_bytes(life._state),
         "weights_sha256": weights_sha256(life.model.state_dict()),

@@ -65,10 +65,11 @@ def choices(axis: str, text: str | None, plan: Plan | None = None) -> list[list[
     if text is None:
         return None
     verb = _VERBS.get(axis, axis)
-    if text.strip() == "all":
-        return [[{part.slug: {}}] for part in catalogue.parts(verb=verb, kind="method") if _serves(part, plan)]
     given = parse(f"[{text}]", f"--{verb}").data
-    found = [_alternative(axis, value) for value in given] if isinstance(given, list) else []
+    every: list[list[Spec]] = [[{part.slug: {}}] for part in catalogue.parts(verb=verb, kind="method") if _serves(part, plan)]
+    found: list[list[Spec]] = []
+    for value in given if isinstance(given, list) else []:
+        found += every if value == "all" else [_alternative(axis, value)]
     if not found:
         raise BadInput(
             f"--{verb} names nothing; give names with commas, such as --{verb} {catalogue.parts(verb=verb)[0].slug}"

@@ -109,6 +109,7 @@ class CostData(TypedDict):
     seconds: float | None
     reference_seconds: float | None
     fraction_of_retraining: float | None
+    peak_bytes: int | None
 
 
 class ReceiptData(TypedDict):
@@ -260,7 +261,7 @@ def complete(data: Mapping[str, Any]) -> ReportData:
         receipt["held"] = [_filled(item, {"holder": "", "n": 0}) for item in receipt["held"]]
         receipt["done"] = [_filled(item, {"holder": "", "action": "", "state": ""}) for item in receipt["done"]]
         receipt["evidence"] = [_filled(item, _CELL) for item in receipt["evidence"]]
-        cost = {"seconds": None, "reference_seconds": None, "fraction_of_retraining": None}
+        cost = {"seconds": None, "reference_seconds": None, "fraction_of_retraining": None, "peak_bytes": None}
         receipt["cost"] = _filled(receipt["cost"], cost)
     return cast(ReportData, report)
 

@@ -126,6 +126,7 @@ def loop(
             if u._restore is not None:  # `prepare` may have moved masked entries before batches without a step
                 u._restore.restore()
             u.keep_carried()
+            u.count_training()
     finally:
         u._parameters = None
         for p, flag in flags:

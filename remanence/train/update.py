@@ -475,6 +475,23 @@ class Update(Context):
                 for p in params:  # fused SGD takes momentum of all its parameters or of none
                     optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes that the run needed at once, activations aside: the network, what parts counted in `extra_bytes`, and the gradients and
+        optimizer state of the phase that had most of them."""
+        return module_bytes(self.model) + self.extra_bytes + int(self._shared.get("training", 0))
+
+    def count_training(self) -> None:
+        """Gradients and optimizer state of this phase, for `peak_bytes`."""
+        states = [
+            value
+            for optimizer in self.optimizers.values()
+            for state in optimizer.state.values()
+            for value in state.values()
+        ]
+        held = sum(p.nbytes for p in self._moving) + sum(v.nbytes for v in states if isinstance(v, Tensor))
+        self._shared["training"] = max(held, self._shared.get("training", 0))
+
     def keep_carried(self) -> None:
         """Write the optimizers' state, by parameter name, for the next event."""
         if self.carried is not None:
