@@ -80,7 +80,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any] | None, dict[str, Any] | None], ...] 
     ("forget", "laf", None, None),
     ("forget", "blindspot-regression", None, None),
     ("forget", "gaussian-amnesiac", None, None),
-    ("forget", "gs-lora", None, None),
+    ("forget", "gs-lora", {"rank": 2}, {"threshold": 1e9}),
     ("forget", "concept-poison-unlearn", None, None),
     (
         "forget",
