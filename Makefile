@@ -38,6 +38,8 @@ bench: $(VENV)/.dev
 	@$(BIN)/python -m bench.loop
 	@$(BIN)/python -m bench.ledger
 	@$(BIN)/python -m bench.vmap
+	@$(BIN)/python -m bench.evidence
+	@$(BIN)/python -m bench.forget
 	@$(BIN)/python -m bench.table
 
 bench-peers: $(VENV)/.dev $(PEERS)/.done

@@ -72,22 +72,11 @@ def check_fits(methods: Sequence[Method], problem: Problem) -> None:
             (p for p in catalogue.every() if p.name == type(method).__name__ and p.module == type(method).__module__),
             None,
         )
-        if part is not None and "class-head" in part.needs and not isinstance(problem, Classification):
-            name = type(problem).__name__.lower()
-            others = [
-                p.slug
-                for p in catalogue.every()
-                if p.verb == part.verb and p.kind == part.kind and "class-head" not in p.needs
-            ]
-            raise BadInput(f"{part.slug} needs classes, and a {name} has none; there is {', '.join(others)}")
-        if part is not None and "regression" in part.needs and not isinstance(problem, Regression):
-            name = type(problem).__name__.lower()
-            others = [
-                p.slug
-                for p in catalogue.every()
-                if p.verb == part.verb and p.kind == part.kind and "regression" not in p.needs
-            ]
-            raise BadInput(f"{part.slug} needs numbers as targets, and a {name} has none; there is {', '.join(others)}")
+        for need, kind, what in (("class-head", Classification, "classes"), ("regression", Regression, "real targets")):
+            if part is not None and need in part.needs and not isinstance(problem, kind):
+                name = type(problem).__name__.lower()
+                others = [p.slug for p in catalogue.parts(part.verb, part.kind, without=need)]
+                raise BadInput(f"{part.slug} needs {what}, and a {name} has none; there is {', '.join(others)}")
 
 
 def check_keepers(keepers: Sequence[Keeper]) -> None:
