@@ -1,11 +1,13 @@
 """Examples, tasks, streams and requests; loaders for users' own data."""
 
 from remanence.data.corrupted import corrupted, stamp
+from remanence.data.degraded import label_noise, long_tail
 from remanence.data.digits import digits, idx, read_idx, split_classes, split_digits, split_idx
 from remanence.data.examples import Examples, cat, cat_batches
 from remanence.data.folders import images
 from remanence.data.gather import dataset, huggingface
 from remanence.data.mapped import memmap
+from remanence.data.recurring import power_law, recurring, si_blurry
 from remanence.data.request import Request
 from remanence.data.stream import Stream, Task
 from remanence.data.tables import csv, npz
@@ -26,11 +28,16 @@ __all__ = [
     "huggingface",
     "idx",
     "images",
+    "label_noise",
+    "long_tail",
     "memmap",
     "npz",
     "permuted",
+    "power_law",
     "read_idx",
+    "recurring",
     "rotated",
+    "si_blurry",
     "split_classes",
     "split_digits",
     "split_idx",

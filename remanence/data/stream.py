@@ -58,6 +58,18 @@ class Stream:
         """SHA-256 over all tasks: the same stream has the same fingerprint in every process."""
         return hashlib.sha256("".join(task.fingerprint() for task in self.tasks).encode()).hexdigest()
 
+    def table(self) -> str:
+        """Which classes come when, as text: one line for each task."""
+        from remanence.data.picture import table
+
+        return table(self)
+
+    def picture(self) -> str:
+        """Which classes come when, as the text of an SVG file."""
+        from remanence.data.picture import picture
+
+        return picture(self)
+
 
 def groups_of(classes: Sequence[int], tasks: int) -> list[list[int]]:
     """`classes` cut into `tasks` groups of equal size.

@@ -4,24 +4,34 @@ A stream over a user's own data names its `source`, and held-out rows as `test` 
 
     stream: {blurry: {source: {csv: {path: people.csv, label: kind}}, tasks: 5, share: 0.2}}
 
+What is laid over another stream names that as `stream`:
+
+    stream: {long-tail: {stream: {si-blurry: {source: digits}}, ratio: 0.1}}
+
 Paths are relative to the folder in which the command runs, as a life's home keeps a copy of its plan elsewhere.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, Literal
+import json
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 from remanence.core.errors import BadInput, UnknownName, nearest
 from remanence.data.corrupted import corrupted
+from remanence.data.degraded import label_noise, long_tail
 from remanence.data.digits import digits, idx, split_classes, split_digits, split_idx
 from remanence.data.examples import Examples
 from remanence.data.folders import images
 from remanence.data.mapped import memmap
+from remanence.data.recurring import power_law, recurring, si_blurry
 from remanence.data.stream import Stream
 from remanence.data.tables import csv, npz
 from remanence.data.transformed import blurry, permuted, rotated
+
+T = TypeVar("T")
 
 #: What a stream's `source` can be; the keyword arguments of each are its knobs.
 SOURCES: dict[str, Callable[..., Examples]] = {
@@ -42,22 +52,57 @@ def examples_of(source: Source) -> Examples:
         UnknownName: a source or a knob that does not exist.
         BadInput: not one name, a knob that is missing, or whatever the loader refuses.
     """
-    given: dict[Any, Any] = {source: None} if isinstance(source, str) else dict(source)
-    if len(given) != 1:
+    return _made("source", source, SOURCES)
+
+
+def stream_of(stream: str | Mapping[str, Any]) -> Stream:
+    """The stream that ``{name: knobs}`` names.
+
+    Raises:
+        UnknownName: a stream or a knob that does not exist.
+        BadInput: not one name, a knob that is missing, or whatever the stream refuses.
+    """
+    return _made("stream", stream, STREAMS)
+
+
+def _made(what: str, given: str | Mapping[Any, Any], known: Mapping[str, Callable[..., T]]) -> T:
+    """What ``{name: knobs}`` names among the `known`."""
+    found: dict[Any, Any] = {given: None} if isinstance(given, str) else dict(given)
+    if len(found) != 1:
         raise BadInput(
-            f"a source is one name as {{name: {{knob: value}}}}, not {', '.join(map(str, given)) or 'nothing'}"
+            f"a {what} is one name as {{name: {{knob: value}}}}, not {', '.join(map(str, found)) or 'nothing'}"
         )
-    name, knobs = next(iter(given.items()))
-    if name not in SOURCES:
-        raise UnknownName(f"no source is called {name!r}{nearest(str(name), SOURCES)} (there is {', '.join(SOURCES)})")
-    parameters = inspect.signature(SOURCES[name]).parameters
+    name, knobs = next(iter(found.items()))
+    if name not in known:
+        raise UnknownName(f"no {what} is called {name!r}{nearest(str(name), known)} (there is {', '.join(known)})")
+    if not isinstance(knobs, Mapping | None):
+        raise BadInput(f"the knobs of {what} {name} are {{knob: value}}, not {knobs!r}")
+    parameters = inspect.signature(known[name]).parameters
     for knob in knobs or {}:
         if knob not in parameters:
             has = f"its knobs are {', '.join(parameters)}" if parameters else "it has no knobs"
-            raise UnknownName(f"source {name} has no knob {knob!r}{nearest(str(knob), parameters)} ({has})")
+            raise UnknownName(f"{what} {name} has no knob {knob!r}{nearest(str(knob), parameters)} ({has})")
     for lacking in [p.name for p in parameters.values() if p.default is p.empty and p.name not in (knobs or {})]:
-        raise BadInput(f"source {name} needs {lacking}; write source: {{{name}: {{{lacking}: ...}}}}")
-    return SOURCES[name](**(knobs or {}))
+        raise BadInput(f"{what} {name} needs {lacking}; write {what}: {{{name}: {{{lacking}: ...}}}}")
+    for knob, value in (knobs or {}).items():
+        _check_type(f"{what} {name}: {knob}", value, typing.get_type_hints(known[name])[knob])
+    return known[name](**(knobs or {}))
+
+
+def _check_type(where: str, value: Any, hint: Any) -> None:
+    """Refuse a value of the wrong type, as a plan is checked; what JSON has no word for was given by a program and is its business."""
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic.errors import PydanticSchemaGenerationError
+
+    try:
+        adapter, text = TypeAdapter(hint), json.dumps(value)
+    except (PydanticSchemaGenerationError, TypeError):  # a type that pydantic knows nothing about, or no JSON
+        return
+    try:
+        adapter.validate_json(text, strict=True)
+    except ValidationError:
+        expected = inspect.formatannotation(hint).replace("typing.", "")
+        raise BadInput(f"{where}={value!r} has the wrong type; expected {expected}") from None
 
 
 def _test(test: Source | None) -> Examples | None:
@@ -120,6 +165,56 @@ def _corrupted(
     )
 
 
+def _si_blurry(
+    source: Source,
+    tasks: int = 5,
+    disjoint: float = 0.5,
+    share: float = 0.1,
+    test: Source | None = None,
+    test_share: float = 0.25,
+    seed: int = 0,
+) -> Stream:
+    return si_blurry(examples_of(source), tasks, disjoint, share, _test(test), test_share, seed)
+
+
+def _recurring(
+    source: Source,
+    tasks: int = 100,
+    classes: int = 2,
+    skew: float = 0.0,
+    reduction: float = 1.0,
+    test: Source | None = None,
+    test_share: float = 0.25,
+    seed: int = 0,
+) -> Stream:
+    return recurring(examples_of(source), tasks, classes, skew, reduction, _test(test), test_share, seed)
+
+
+def _power_law(
+    source: Source,
+    tasks: int | list[list[int]] = 5,
+    share: float = 0.3,
+    law: str = "power",
+    rate: float = 1.0,
+    test: Source | None = None,
+    test_share: float = 0.25,
+    seed: int = 0,
+) -> Stream:
+    return power_law(examples_of(source), tasks, share, law, rate, _test(test), test_share, seed)
+
+
+def _long_tail(
+    stream: str | dict[str, dict[str, Any] | None], ratio: float = 0.01, shuffled: bool = False, seed: int = 0
+) -> Stream:
+    return long_tail(stream_of(stream), ratio, shuffled, seed)
+
+
+def _label_noise(
+    stream: str | dict[str, dict[str, Any] | None], share: float = 0.2, how: str = "symmetric", seed: int = 0
+) -> Stream:
+    return label_noise(stream_of(stream), share, how, seed)
+
+
 STREAMS: dict[str, Callable[..., Stream]] = {
     "split-digits": split_digits,
     "split-idx": split_idx,
@@ -128,4 +223,9 @@ STREAMS: dict[str, Callable[..., Stream]] = {
     "permuted": _permuted,
     "rotated": _rotated,
     "corrupted": _corrupted,
+    "si-blurry": _si_blurry,
+    "recurring": _recurring,
+    "power-law": _power_law,
+    "long-tail": _long_tail,
+    "label-noise": _label_noise,
 }

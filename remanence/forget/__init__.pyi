@@ -1,7 +1,25 @@
 # Written by tools/stubs.py from the catalogue; do not edit.
+from remanence.forget.acu import ACU as ACU
+from remanence.forget.auto import Auto as Auto
+from remanence.forget.bad_teacher import BadTeacher as BadTeacher
+from remanence.forget.blindspot_regression import BlindspotRegression as BlindspotRegression
+from remanence.forget.boundary import Boundary as Boundary
 from remanence.forget.catastrophic import Catastrophic as Catastrophic
+from remanence.forget.concept_poison_unlearn import ConceptPoison as ConceptPoison
+from remanence.forget.dmm import DMM as DMM
+from remanence.forget.fisher_noise import FisherNoise as FisherNoise
+from remanence.forget.gaussian_amnesiac import GaussianAmnesiac as GaussianAmnesiac
 from remanence.forget.gradient_ascent import GradientAscent as GradientAscent
+from remanence.forget.gs_lora import GSLoRA as GSLoRA
+from remanence.forget.iau import IAU as IAU
+from remanence.forget.influence import Influence as Influence
+from remanence.forget.laf import LAF as LAF
+from remanence.forget.newton import Newton as Newton
 from remanence.forget.random_label import RandomLabel as RandomLabel
 from remanence.forget.retrain import Retrain as Retrain
+from remanence.forget.s3t import S3T as S3T
 from remanence.forget.salun import SalUn as SalUn
+from remanence.forget.scrub import SCRUB as SCRUB
+from remanence.forget.sisa import SISA as SISA
+from remanence.forget.sparse_unlearn import SparseUnlearn as SparseUnlearn
 from remanence.forget.ssd import SSD as SSD

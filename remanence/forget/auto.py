@@ -12,17 +12,15 @@ from remanence.train.resolve import check_fits, resolve
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Trial, Update
 
-#: From the cheapest to the dearest, as measured in docs/bench.md.
+#: From the cheapest to the dearest, as measured in docs/bench.md; those for classes and those for single examples.
 CANDIDATES: list[Any] = [
     {"ssd": {"selection": 1.0, "importance": "example", "guard": 0.01}},
-    {"newton": {"iterations": 6}},
     "gradient-ascent",
-    "boundary",
-    "random-label",
+    {"sparse-unlearn": {"gamma": 0.005}},
     "salun",
-    "scrub",
-    "bad-teacher",
-    "sparse-unlearn",
+    "boundary",
+    "influence",
+    {"newton": {"iterations": 6}},
 ]
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request, cat_batches
+from remanence.forget.base import lone_rows
 from remanence.nn.distances import kl_from_logits
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
@@ -56,8 +57,7 @@ class BadTeacher(Forgetter):
         ids = u.data("retain").id
         drawn = torch.randperm(len(ids), generator=u.rng("bad-teacher"))[: round(self.share * len(ids))]
         self._drawn = ids[drawn].to(u.device)
-        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in u.model.modules())
-        self._least = 2 if normed else 1  # batch norm has no statistics of a lone row
+        u.enter(lone_rows(u.model))
         u.run(drive="mixed")
         return Outcome(notes=[f"{len(drawn)} of {len(ids)} retained examples took part"])
 
@@ -65,7 +65,7 @@ class BadTeacher(Forgetter):
         drawn = None if retain is None else {n: c[torch.isin(retain["id"], self._drawn)] for n, c in retain.items()}
         parts = [(self._bad, forget), (self._good, drawn)]
         taught = [(teacher, batch) for teacher, batch in parts if batch is not None and len(batch["id"])]
-        if sum(len(batch["id"]) for _, batch in taught) < self._least:
+        if not taught:
             return None
         seen = u.classes.seen
         with torch.no_grad():

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Examples
-from remanence.nn.anatomy import norm_modules, weighted_modules
-from remanence.nn.subspace import Subspace, layer_inputs
+from remanence.nn.anatomy import norm_modules
+from remanence.nn.subspace import Subspace, layer_inputs, projected_layers, step_outside
 from remanence.train.roles import Keeper
 from remanence.train.update import Update
 
@@ -57,15 +56,7 @@ class GPM(Keeper):
 
     def begin(self, u: Update) -> None:
         self._norms = list(norm_modules(u.model).values())
-        self._layers: dict[str, dict[str, str]] = {}  # module: {weight or bias: the parameter's name}
-        for name, module in weighted_modules(u.model).items():
-            own = dict(module.named_parameters(recurse=False))
-            if not _is_covered(module) and any(p.dim() > 1 and p.requires_grad for p in own.values()):
-                raise BadInput(
-                    f"gpm: {name} is a {type(module).__name__}; only linear layers and convolutions without groups can "
-                    "be projected: freeze it, or leave gpm out"
-                )
-            self._layers[name] = {kind: f"{name}.{kind}" if name else kind for kind in own}
+        self._layers = projected_layers(u.model, "gpm")
 
     def prepare(self, u: Update, batch: Batch) -> Batch:
         if self.subspace.bases:
@@ -74,17 +65,8 @@ class GPM(Keeper):
         return batch
 
     def project(self, u: Update, params: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-        for name, own in self._layers.items() if self.subspace.bases else ():
-            if name in self.subspace.bases and all(full in params for full in own.values()):
-                change = {kind: params[full] - before[full] for kind, full in own.items()}
-                kept = self.subspace.project_out(name, change["weight"], change.get("bias"))
-                for kind, part in zip(("weight", "bias"), kept, strict=True):
-                    if part is not None:
-                        params[own[kind]].copy_(before[own[kind]] + part)
-            else:
-                for full in own.values():
-                    if full in params:
-                        params[full].copy_(before[full])
+        if self.subspace.bases:
+            step_outside(self.subspace, self._layers, params, before)
 
     def end(self, u: Update) -> None:
         if u.kind == "learn":
@@ -93,11 +75,8 @@ class GPM(Keeper):
     def _extend(self, u: Update, examples: Examples) -> None:
         rows = torch.randperm(len(examples), generator=u.rng("gpm"))[: self.samples]
         seen = examples.select(rows)
-        names = [name for name, module in weighted_modules(u.model).items() if _is_covered(module)]
         with u.aside():
-            inputs = layer_inputs(
-                u.model, lambda batch: u.problem.forward(u.model, batch), u.batches(seen), names, bias=True
-            )
+            inputs = layer_inputs(u.model, lambda batch: u.problem.forward(u.model, batch), u.batches(seen), bias=True)
         threshold = min(1.0, self.threshold + self.increase * self.events)
         self.subspace.extend(inputs, threshold, seen.ids)
         self.events += 1
@@ -107,7 +86,3 @@ class GPM(Keeper):
         for examples in u.history():
             if len(examples):
                 self._extend(u, examples)
-
-
-def _is_covered(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)

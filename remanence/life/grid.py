@@ -66,7 +66,9 @@ def choices(axis: str, text: str | None, plan: Plan | None = None) -> list[list[
         return None
     verb = _VERBS.get(axis, axis)
     given = parse(f"[{text}]", f"--{verb}").data
-    every: list[list[Spec]] = [[{part.slug: {}}] for part in catalogue.parts(verb=verb, kind="method") if _serves(part, plan)]
+    every: list[list[Spec]] = [
+        [{part.slug: {}}] for part in catalogue.parts(verb=verb, kind="method") if _serves(part, plan)
+    ]
     found: list[list[Spec]] = []
     for value in given if isinstance(given, list) else []:
         found += every if value == "all" else [_alternative(axis, value)]

@@ -84,6 +84,28 @@ def resnet18(
     return seeded(seed, lambda: ResNet18(inputs, width, outputs, stem))
 
 
+def snn(
+    inputs: int | tuple[int, ...],
+    hidden: list[int] | tuple[int, ...] = (256,),
+    outputs: int = 0,
+    steps: int = 6,
+    seed: int = 0,
+) -> nn.Module:
+    """A spiking perceptron: see `remanence.models.snn.SNN`.
+
+    Args:
+        inputs: the shape of one input, or its length.
+        hidden: widths of the layers of spiking neurons.
+        outputs: rows of the head; 0: it grows with the classes.
+        steps: time steps for each input.
+        seed: of the weights.
+    """
+    from remanence.models.small import seeded
+    from remanence.models.snn import SNN
+
+    return seeded(seed, lambda: SNN(inputs, hidden, outputs, steps))
+
+
 def identity(inputs: int | tuple[int, ...], outputs: int = 0, seed: int = 0) -> nn.Module:
     """Raw inputs as features under a linear head: the backbone of prototype methods on raw pixels."""
     return mlp(inputs, (), outputs, seed=seed)
@@ -95,5 +117,6 @@ MODELS: dict[str, Callable[..., Any]] = {
     "cnn": cnn,
     "vit": vit,
     "resnet18": resnet18,
+    "snn": snn,
     "identity": identity,
 }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from remanence.core.errors import BadInput, NotFinite
 from remanence.core.ids import Ids
-from remanence.nn.anatomy import evaluating
+from remanence.nn.anatomy import evaluating, weighted_modules
 from remanence.nn.fisher import unfold
 
 
@@ -72,34 +72,59 @@ class Subspace:
         """Columns of the layer's basis, 0 without one."""
         return self.bases[name].shape[1] if name in self.bases else 0
 
+    def coordinates(self, name: str, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Where an update, a gradient or the weights themselves lie in the layer's basis: ``W M``, (out, k), in the graph.
+
+        weight and bias as in :meth:`project_out`; a layer without a basis gives (out, 0).
+        """
+        if not self.rank(name):
+            return weight.new_zeros(weight.shape[0], 0)
+        flat, basis, _ = self._fitted(name, weight, bias)
+        return flat @ basis
+
+    def inside(self, name: str, coordinates: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight, of the shape of ``weight``, and the bias with these coordinates and nothing outside the basis: ``C M'``.
+        The bias is None with a basis of d_in. The reverse of :meth:`coordinates`."""
+        flat = coordinates @ self.bases[name].to(coordinates.device, coordinates.dtype).T
+        joint = flat.shape[1] == weight[0].numel() + 1
+        return (flat[:, :-1] if joint else flat).reshape(weight.shape), flat[:, -1] if joint else None
+
     @torch.no_grad()
-    def project_out(self, name: str, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def project_out(
+        self, name: str, weight: Tensor, bias: Tensor | None = None, columns: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The part of an update (or gradient) of the layer that leaves old inputs alone: ``dW - (dW M) M'``.
 
         weight (out, ...) flattened to (out, d_in); bias (out,) or None. With a basis of d_in + 1 (inputs with a column
         of ones) weight and bias are projected together, and bias must be given; with a basis of d_in the bias's update
-        becomes zero. Without a basis both come back as they are.
+        becomes zero. Without a basis both come back as they are. columns: (k,), 1 for each column of M that is taken out and 0 for
+        those that may stand; None: all of them.
         Returns new tensors. Raises BadInput where the basis does not fit.
         """
-        basis = self.bases.get(name)
-        if basis is None or not basis.shape[1]:
+        if not self.rank(name):
             return weight, bias
-        flat = weight.reshape(weight.shape[0], -1)
+        flat, basis, joint = self._fitted(name, weight, bias)
+        if columns is None and basis.shape[1] == basis.shape[0]:  # nothing is free: exactly zero, not a rounding error
+            return torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        inner = flat @ basis
+        kept = flat - (inner if columns is None else inner * columns) @ basis.T
+        if joint:
+            return kept[:, :-1].reshape(weight.shape), kept[:, -1]
+        return kept.reshape(weight.shape), None if bias is None else torch.zeros_like(bias)
+
+    def _fitted(self, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+        """Weight (and bias) as (out, d), the basis beside it, and whether the bias is in."""
+        basis, flat = self.bases[name], weight.reshape(weight.shape[0], -1)
         joint = basis.shape[0] == flat.shape[1] + 1
         if (joint and bias is None) or (not joint and basis.shape[0] != flat.shape[1]):
             raise BadInput(
                 f"layer {name!r}: a basis of {basis.shape[0]} does not fit an update of {flat.shape[1]}"
                 + (" without its bias" if joint else "")
             )
-        if basis.shape[1] == basis.shape[0]:  # nothing is free: exactly zero, not a rounding error
-            return torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
         basis = basis.to(flat.device, flat.dtype)
         if joint and bias is not None:
             flat = torch.cat([flat, bias.unsqueeze(1)], dim=1)
-        kept = flat - (flat @ basis) @ basis.T
-        if joint:
-            return kept[:, :-1].reshape(weight.shape), kept[:, -1]
-        return kept.reshape(weight.shape), None if bias is None else torch.zeros_like(bias)
+        return flat, basis, joint
 
     @property
     def ids(self) -> Ids:
@@ -170,6 +195,66 @@ class Subspace:
         return torch.cat([m, v], dim=1).to(self.dtype), k
 
 
+def projected_layers(model: nn.Module, by: str) -> dict[str, dict[str, str]]:
+    """What a keeper that projects has to do with: {module with parameters: {``weight`` or ``bias``: the parameter's name}}.
+
+    Raises BadInput, in the name of the keeper ``by``, for trainable matrices of which no inputs can be taken.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    for name, module in weighted_modules(model).items():
+        own = dict(module.named_parameters(recurse=False))
+        if not has_inputs(module) and any(p.dim() > 1 and p.requires_grad for p in own.values()):
+            raise BadInput(
+                f"{by}: {name} is a {type(module).__name__}; only linear layers and convolutions without groups can "
+                f"be projected: freeze it, or leave {by} out"
+            )
+        layers[name] = {kind: f"{name}.{kind}" if name else kind for kind in own}
+    return layers
+
+
+@torch.no_grad()
+def step_outside(
+    subspace: Subspace,
+    layers: Mapping[str, Mapping[str, str]],
+    params: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    columns: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Take the step ``params - before`` out of the bases, in place, layer by layer (of :func:`projected_layers`).
+
+    What has no basis, or is trainable only in part, goes back to where it was. columns: as in :meth:`Subspace.project_out`, by
+    layer, where not all are taken out.
+    """
+    for name, own in layers.items():
+        if name in subspace.bases and all(full in params for full in own.values()):
+            change = {kind: params[full] - before[full] for kind, full in own.items()}
+            kept = subspace.project_out(name, change["weight"], change.get("bias"), (columns or {}).get(name))
+            for kind, part in zip(("weight", "bias"), kept, strict=True):
+                if part is not None:
+                    params[own[kind]].copy_(before[own[kind]] + part)
+        else:
+            for full in own.values():
+                if full in params:
+                    params[full].copy_(before[full])
+
+
+def has_inputs(module: nn.Module) -> bool:
+    """Whether it is a layer whose inputs :func:`layer_inputs` can take."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def fewest_columns(energy: Tensor, added: int, needed: float) -> Tensor:
+    """One task's part of a basis that others share: the last ``added`` columns and, of those before, the fewest that bring the
+    energy of its inputs to what is needed. energy: (k,), ``|R m_i|^2`` of each column. Returns (k,) bool."""
+    first = energy.clone()
+    first[len(energy) - added :] = torch.inf
+    order = first.argsort(descending=True, stable=True)
+    count = max(added, int((energy[order].cumsum(0) < needed * (1 - 1e-6)).sum()) + 1)  # bases are kept in float32
+    uses = torch.zeros(len(energy), dtype=torch.bool, device=energy.device)
+    uses[order[:count]] = True
+    return uses
+
+
 def compress(rows: Tensor) -> Tensor:
     """At most d rows with the same Gram matrix R' R, hence the same singular values and right singular vectors. rows
     (n, d). Returns (min(n, d), d)."""
@@ -180,19 +265,22 @@ def layer_inputs(
     model: nn.Module,
     forward: Callable[[dict[str, Any]], Any],
     batches: Iterable[dict[str, Any]],
-    names: Iterable[str],
+    names: Iterable[str] | None = None,
     bias: bool = False,
     max_rows: int | None = None,
+    whole: bool = False,
 ) -> dict[str, Tensor]:
-    """What the named Linear and Conv2d layers of ``model`` see while ``forward(batch)`` runs, in eval mode, without
-    gradients.
+    """What the named Linear and Conv2d layers of ``model`` (None: all of them) see while ``forward(batch)`` runs, in eval mode,
+    without gradients.
 
     bias: a column of ones is added to layers that have a bias (see the module's docstring). max_rows: at most so many
     evenly spaced rows per layer and batch (a convolution has one row per output position); None: all. Rows beyond 2
-    d_in are compressed (:func:`compress`), so memory is bounded.
+    d_in are compressed (:func:`compress`), so memory is bounded; whole: they are not, and n is their number.
     Returns {name: (n, d_in or d_in + 1)} float64 with the Gram matrix of all rows kept. Raises BadInput for another
     kind of layer, a grouped convolution, or a layer that is never called.
     """
+    if names is None:
+        names = [name for name, module in weighted_modules(model).items() if has_inputs(module)]
     layers = {name: model.get_submodule(name) for name in names}
     found: dict[str, Tensor] = {}
 
@@ -209,12 +297,12 @@ def layer_inputs(
             if bias and module.bias is not None:
                 rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
             rows = rows if name not in found else torch.cat([found[name], rows])
-            found[name] = compress(rows) if rows.shape[0] > 2 * rows.shape[1] else rows
+            found[name] = rows if whole or rows.shape[0] <= 2 * rows.shape[1] else compress(rows)
 
         return take
 
     for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
+        if not has_inputs(layer):
             raise BadInput(
                 f"layer {name!r} is a {type(layer).__name__}; inputs are taken of Linear and of Conv2d without groups"
             )

@@ -40,6 +40,14 @@ ROWS: tuple[tuple[str, str, dict[str, Any] | None, dict[str, Any] | None], ...] 
     ("learn", "nmc", None, None),
     ("learn", "acu", None, None),
     ("learn", "sisa", None, None),
+    ("learn", "prd", {"prototype_lr": 0.1}, None),
+    ("learn", "uer", None, None),
+    ("learn", "hpcr", {"capacity": 60}, None),
+    ("learn", "onpro", {"capacity": 60}, None),
+    ("learn", "fetril", None, None),
+    ("learn", "dkvb", {"codebooks": 16, "pairs": 32, "key_dim": 8}, None),
+    ("learn", "protocl", {"memory": 60}, None),
+    ("learn", "napa-vq", None, None),
     ("learn", "s3t", {"slices": 1, "rank": 4}, None),
     ("keep", "replay", None, {"batch_size": 0}),
     ("keep", "replay", {"policy": "reservoir", "capacity": 30}, {"capacity": 0}),
@@ -53,6 +61,16 @@ ROWS: tuple[tuple[str, str, dict[str, Any] | None, dict[str, Any] | None], ...] 
     ("keep", "gpm", {"samples": 20}, {"threshold": 0.0}),
     ("keep", "view-batch", {"views": 2, "start": 1}, {"views": 1}),
     ("keep", "gradient-restriction", None, None),
+    ("keep", "si", None, None),
+    ("keep", "mas", None, None),
+    ("keep", "task-free-mas", {"level": 1.0}, None),
+    ("keep", "der", {"capacity": 30}, {"capacity": 0}),
+    ("keep", "der", {"capacity": 30, "alpha": 1.0, "beta": 0.0}, {"batch_size": 0}),
+    ("keep", "agem", {"capacity": 30}, {"capacity": 0}),
+    ("keep", "gss", {"capacity": 30}, {"capacity": 0}),
+    ("keep", "power-law-rehearsal", None, {"amount": 0}),
+    ("keep", "cuber", {"samples": 20}, {"threshold": 0.0}),
+    ("keep", "hlop", None, {"first": 0.0, "later": 0.0}),
     ("where", "saliency", None, {"rho": 1.0}),
     ("where", "hft", None, {"share": 1.0}),
     ("where", "lora", {"rank": 2}, None),
@@ -93,6 +111,8 @@ ROWS: tuple[tuple[str, str, dict[str, Any] | None, dict[str, Any] | None], ...] 
     ("measure", "membership", None, None),
     ("measure", "bytes", None, None),
     ("measure", "stability-gap", {"every": 2}, None),
+    ("measure", "transfer", None, None),
+    ("measure", "probe-forgetting", None, None),
     ("measure", "corrective-unlearning", {"size": 2}, None),
     ("measure", "worst-case-forget", None, None),
     ("measure", "open-problems-unlearning", None, None),
@@ -110,7 +130,16 @@ def test_contract(verb, slug, knobs, inert):
     ran = check(f"{verb}/{slug}", knobs, inert=inert, **deep)
     role = next(r for r in RULES if issubclass(catalogue.find(verb, slug).load(), r))
     expected = [rule.__name__.removeprefix("_") for rule in (*EVERY, *RULES[role])]
-    with_strength = inert is not None or slug in ("ewc", "l2", "lwf", "feature-distill", "gradient-restriction")
+    with_strength = inert is not None or slug in (
+        "ewc",
+        "l2",
+        "lwf",
+        "feature-distill",
+        "gradient-restriction",
+        "si",
+        "mas",
+        "task-free-mas",
+    )
     assert ran == [name for name in expected if with_strength or name != "strength_0_changes_nothing"]
 
 

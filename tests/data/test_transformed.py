@@ -215,7 +215,8 @@ def test_plans_name_streams_over_sources(tmp_path: Path) -> None:
     ):
         found = planned(f"split-classes: {{source: {{{source}}}}}")
         assert found.fingerprint() == split_classes(d).fingerprint(), source
-    assert set(STREAMS) == {"split-digits", "split-idx", "split-classes", "blurry", "permuted", "rotated", "corrupted"}
+    assert set(STREAMS) == {"split-digits", "split-idx", "split-classes", "blurry", "permuted", "rotated", "corrupted",
+                            "si-blurry", "recurring", "power-law", "long-tail", "label-noise"}  # fmt: skip
 
 
 @pytest.mark.parametrize(

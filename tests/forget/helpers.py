@@ -6,6 +6,7 @@ import copy
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -21,6 +22,8 @@ from remanence.train.update import Context, Update
 
 torch.set_num_threads(1)
 LABELS = list(range(10))
+#: Seeds of a behaviour that trains networks: the first at once, the others with ``-m slow``.
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 
 
 @lru_cache

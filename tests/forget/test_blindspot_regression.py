@@ -17,7 +17,7 @@ from remanence.measure.divergence import wasserstein
 from remanence.nn.taps import attention_map, hidden_layers
 from remanence.train.loop import forget
 from tests.forget import helpers
-from tests.forget.helpers import same
+from tests.forget.helpers import SEEDS, same
 from tests.forget.numbers import absolute_error, answers, forgotten, model, retrained, sets, update
 
 
@@ -125,14 +125,14 @@ def outcome(seed, guessable=False):
     paper="AgeDB: W1 2.99 to 1.15 (Gaussian 2.33), AIN 0.33",
     differs="half squared difference by default, constant rate, units as places of the attention map in a perceptron",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_answers_like_a_retrained_network(seed):
     (nothing, blind, gauss), (before, after, _) = outcome(seed)
     assert nothing > 5 * blind and gauss > 2 * blind
     assert after < before + 0.03
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_where_the_rest_tells_it_there_is_nothing_to_gain(seed):
     """Negative control: a retrained network extrapolates, and ten epochs of a fresh one do so no better than doing nothing."""
     (nothing, blind, _), _ = outcome(seed, True)
@@ -153,7 +153,7 @@ def relearned(start, data, goal):
     return 2000
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_relearning_takes_long(seed):
     """The anamnesis index: steps to relearn, as a share of those of a retrained network; 0 for one that knows it still."""
     data, start = sets(seed), model(seed)

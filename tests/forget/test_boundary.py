@@ -16,6 +16,7 @@ from remanence.forget.boundary import Boundary
 from remanence.models import cnn, mlp
 from remanence.train.loop import forget
 from tests.forget.helpers import (
+    SEEDS,
     accuracy,
     class_accuracy,
     class_ids,
@@ -175,7 +176,7 @@ def sureness(model, examples):
     paper="-",
     differs="y' is never y; x' is not cut or rounded",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_forgets_a_class_without_retained_data(seed):
     model = digits_model(seed)
     for label in (0, 3, 8):

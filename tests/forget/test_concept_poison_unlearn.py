@@ -18,6 +18,7 @@ from remanence.models.small import seeded
 from remanence.nn.anatomy import features
 from remanence.train.loop import forget
 from tests.forget.helpers import (
+    SEEDS,
     class_accuracy,
     class_ids,
     digits_model,
@@ -212,7 +213,7 @@ def test_what_it_cannot_do():
     paper="card, the same setting: targeted 0, random over others 0, kept labels 0.95, others 0.97-0.98; CIFAR-10: 0 left, 0.9658 in all",
     differs="concepts are coordinates or activation vectors, not words that CLIP knows; windows by covering them",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_label_does_the_forgetting(seed):
     model = random_model(seed)
     base = class_accuracy(model, TEST, 8)
@@ -228,7 +229,7 @@ def test_the_label_does_the_forgetting(seed):
                 assert gone < 0.02
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_features_stay_so_one_epoch_brings_the_class_back(seed):
     """And retained data alone do not."""
     model = random_model(seed)

@@ -23,6 +23,7 @@ from remanence.train.loop import forget
 from remanence.train.update import Update
 from remanence.where.saliency import Saliency
 from tests.forget.helpers import (
+    SEEDS,
     class_accuracy,
     class_ids,
     digits_model,
@@ -168,7 +169,7 @@ def test_a_class_that_the_oracles_never_met_is_far_below() -> None:
     paper="-",
     differs="beta from the network itself instead of datamodels fitted on hundreds of others; rows are shuffled",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_answers_come_nearer_to_retrained_ones(seed: int) -> None:
     small, ids, model, oracles = world(seed)
     parts = (small.only(ids), small.without(ids), TEST)
@@ -191,7 +192,7 @@ def test_answers_come_nearer_to_retrained_ones(seed: int) -> None:
     assert max(share(DMM())) < 0.95  # the paper's five epochs at lr 5e-4 are a short way here
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_class_without_retained_points_is_worse_for_the_rest_than_doing_nothing(seed: int) -> None:
     """Oracle targets, so that only the number of retained points is to blame."""
     model, three = digits_model(seed), class_ids(TRAIN, 3)

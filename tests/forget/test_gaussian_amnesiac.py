@@ -12,7 +12,7 @@ from remanence.data import Examples
 from remanence.forget.gaussian_amnesiac import GaussianAmnesiac
 from remanence.models import mlp
 from tests.forget import helpers
-from tests.forget.helpers import same
+from tests.forget.helpers import SEEDS, same
 from tests.forget.numbers import absolute_error, answers, forgotten, model, sets, update
 
 
@@ -69,7 +69,7 @@ def test_true_targets_of_the_forget_set_act_only_through_mean_and_spread():
     paper="AgeDB: forget MAE 12.8 to 17.1 (retrained 24.3)",
     differs="drawn for every batch; half squared error",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_forget_set_is_answered_worse(seed):
     data, net = sets(seed), model(seed)
     made = forgotten(net, GaussianAmnesiac(), data, seed, batch_size=64)

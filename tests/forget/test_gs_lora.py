@@ -20,6 +20,7 @@ from remanence.nn.anatomy import features
 from remanence.nn.blocks import feed_forward
 from remanence.train.loop import forget
 from tests.forget.helpers import (
+    SEEDS,
     accuracy,
     class_accuracy,
     class_ids,
@@ -230,9 +231,6 @@ def test_what_it_cannot_do():
 # ------------------------------------------------------------------------------------------------------------ purpose
 
 
-SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_lasso_leaves_blocks_alone(seed):
@@ -257,7 +255,7 @@ def test_a_strong_lasso_from_the_start_wins_before_anything_is_forgotten():
     assert same(after, model) and blocks_changed(outcome) == 0
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_forgets_a_class_of_a_perceptron(seed):
     model = digits_model(seed)
     before = class_accuracy(model, TEST, 3)
@@ -274,7 +272,8 @@ def test_forgets_a_class_of_a_perceptron(seed):
     paper="CASIA-Face100, 4 requests of 20 classes: 0.00 newly, 1.93 earlier forgotten left (++: 0.00), the rest 72.45 (75.36) of 74.47 (75.11)",
     differs="plain cross-entropy with bound 10; adapters B A without 1 / rank; small blocks are left out at the end",
 )
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
 def test_three_requests_in_one_life(seed, tmp_path):
     """A tenth of these few data is 120 examples: with it 0 % are left, too, but one seed of three loses 4 points of the rest."""
     task = split_classes(digits(), tasks=1)[0]

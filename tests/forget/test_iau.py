@@ -24,6 +24,7 @@ from remanence.train.settings import Settings
 from remanence.train.update import Context, Update
 from remanence.where.saliency import Saliency
 from tests.forget.helpers import (
+    SEEDS,
     accuracy,
     class_accuracy,
     class_ids,
@@ -198,7 +199,7 @@ def loss(model, data):
     paper="-",
     differs="gradients in eval mode",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_one_step_takes_examples_part_of_the_way(seed):
     ids = TRAIN.ids.sample(67, generator(seed, "x"))
     model, again = digits_model(seed), digits_model(seed, without=ids)
@@ -211,7 +212,7 @@ def test_one_step_takes_examples_part_of_the_way(seed):
     assert loss(hardly, TRAIN.without(ids)) < loss(model, TRAIN.without(ids))  # it trains on
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_one_long_step_forgets_a_class(seed):
     model = digits_model(seed)
     before = class_accuracy(model, TEST, 3)

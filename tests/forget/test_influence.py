@@ -20,6 +20,7 @@ from remanence.train.loop import forget
 from remanence.train.settings import Settings
 from remanence.train.update import Update
 from tests.forget.helpers import (
+    SEEDS,
     accuracy,
     class_accuracy,
     class_ids,
@@ -157,7 +158,7 @@ def loss(model, data):
     paper="-",
     differs="the solve is exact (CG, Sherman-Morrison); the released WoodFisher recursion is an option, and its step is v plus one example's gradient",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_examples_come_near_to_where_retraining_has_them(seed):
     ids = TRAIN.ids.sample(67, generator(seed, "x"))
     model, again = digits_model(seed), digits_model(seed, without=ids)
@@ -168,7 +169,7 @@ def test_random_examples_come_near_to_where_retraining_has_them(seed):
     assert outcome.notes[0].startswith("conjugate gradients left")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_forgets_a_class_with_little_damping(seed):
     model = digits_model(seed)
     ids = class_ids(TRAIN, 3)

@@ -17,6 +17,7 @@ from remanence.forget.base import RandomLabels, other_labels
 from remanence.forget.random_label import RandomLabel
 from remanence.train.loop import forget
 from tests.forget.helpers import (
+    SEEDS,
     accuracy,
     class_accuracy,
     class_ids,
@@ -139,7 +140,7 @@ def test_refusals():
     paper="-",
     differs="a drawn label never equals the true one",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_forgets_a_class(seed):
     model = digits_model(seed)
     for label in (3, 8):

@@ -21,6 +21,7 @@ from remanence.nn.influence import example_gradients
 from remanence.train.loop import learn
 from remanence.train.settings import Settings
 from remanence.train.update import Update
+from tests.forget.helpers import SEEDS
 from tests.keep.helpers import Course, rows, same, stream, update
 
 TASK = stream()[1].train
@@ -135,7 +136,7 @@ def figures(model, data):
     paper="-",
     differs="batches of 8 and a larger strength: with batches of 64 the norms fall only after convergence",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_examples_pull_less_at_equal_accuracy(seed):
     task = stream(1)[0]
     some = task.train.select(torch.arange(500))

@@ -12,6 +12,7 @@ from remanence.data import Task, cat
 from remanence.learn.acu import ACU
 from remanence.learn.nmc import NMC
 from remanence.models import identity, mlp
+from tests.forget.helpers import SEEDS
 from tests.keep.lives import Lived, same, stream, weights
 
 STREAM = list(stream())
@@ -84,7 +85,7 @@ def test_the_expansion_is_half_open_and_of_the_size_of_the_features():
     paper="- (only the abstract was read)",
     differs="sums are kept in place of R; gamma, width and the law of the random layer are ours",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_digits_class_incremental(seed):
     """Raw pixels and a network with random weights: better than class means by 5 points or more."""
     for model in (identity(64), mlp(64, [64], seed=seed)):

@@ -20,7 +20,7 @@ from remanence.models import cnn, mlp
 from remanence.nn.adapters import LowRank
 from remanence.nn.heads import empty_linear, grow_head
 from remanence.nn.shards import layer_groups, place
-from tests.forget.helpers import split
+from tests.forget.helpers import SEEDS, split
 from tests.keep.lives import Lived, stream
 from tests.where.helpers import transformer
 
@@ -288,7 +288,7 @@ def _digits(low, high):
     paper="more deletions than SISA at equal or better accuracy (abstract)",
     differs="perceptron, all linear layers adapted, each step on its own slice, events make shards of their own",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_longer_prefixes_are_better_and_the_ensemble_is_best(seed):
     taught = Lived(model=mlp(64, [64] * 4, seed=seed), seed=seed)
     taught.learn(_digits(0, 5), epochs=15, batch_size=32, optimizer="adamw", lr=2e-3)

@@ -19,7 +19,7 @@ from remanence.learn.finetune import Finetune
 from remanence.learn.sisa import SISA
 from remanence.models import cnn, mlp
 from remanence.nn.shards import place
-from tests.forget.helpers import split
+from tests.forget.helpers import SEEDS, split
 from tests.keep.lives import Lived, stream
 
 QUICK = {"epochs": 3, "batch_size": 16, "optimizer": "adamw", "lr": 5e-3}
@@ -254,7 +254,7 @@ def test_data_out_of_reach_is_refused_before_anything_moves():
     paper="accuracy falls with the number of shards, slowly up to 20 on simple tasks",
     differs="hash placement, several events, fresh optimizer for each slice, ties of a vote",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_ensemble_beats_its_shards_and_stays_near_plain_training(seed):
     task = Task(TRAIN, TEST, tuple(range(10)), tuple(map(str, range(10))), 0)
     settings = {"epochs": 20, "batch_size": 32, "optimizer": "adamw", "lr": 2e-3}

@@ -36,7 +36,7 @@ def named(found: dict[str, Any]) -> dict[str, Any]:
     return {check["name"]: check for check in found["checks"]}
 
 
-@pytest.mark.parametrize("asked", [CLASS, SOME], ids=["class", "examples"])
+@pytest.mark.parametrize("asked", [CLASS, pytest.param(SOME, marks=pytest.mark.slow)], ids=["class", "examples"])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 3, 4, 5))])
 def test_what_was_deleted_comes_out_clean_and_what_was_not_is_caught(asked, seed):
     """Measured for seeds 0 to 5 and both requests: deleted is *removed* in twelve of twelve; unchanged is *holds* in eleven and

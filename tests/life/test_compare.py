@@ -88,7 +88,9 @@ def test_alternatives_are_read_as_plans_are() -> None:
     ]
     assert grid.choices("forget", "ssd, {ssd: {selection: 2}}") == [[{"ssd": {}}], [{"ssd": {"selection": 2}}]]
     assert [next(iter(specs[0])) for specs in grid.choices("forget", "all") or []] == [
-        part.slug for part in rm.parts("forget", kind="method") if part.slug != "auto"  # which tries them itself
+        part.slug
+        for part in rm.parts("forget", kind="method")
+        if part.slug != "auto"  # which tries them itself
     ]
     served = grid.choices("forget", "all, {ssd: {selection: 2}}", parse_plan(PLAN)) or []
     names = [next(iter(specs[0])) for specs in served]

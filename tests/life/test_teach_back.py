@@ -33,6 +33,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "ewc": {"strength": 100.0},
     "fpf": {"steps": 20},
     "gpm": {"samples": 20},
+    "cuber": {"samples": 20},
 }
 APPROXIMATE: dict[str, Any] = {"by": "salun", "epochs": 15, "optimizer": "adamw", "lr": 0.01}
 #: Largest accuracy on the class, and largest share among the classes of its time. Seen over all keepers, knobs and three seeds,

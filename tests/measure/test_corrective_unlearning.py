@@ -13,7 +13,7 @@ from remanence.learn.finetune import Finetune
 from remanence.measure.metrics.corrective_unlearning import CorrectiveUnlearning
 from remanence.models import mlp
 from remanence.train.update import Context
-from tests.forget.helpers import LABELS, forgotten, taught
+from tests.forget.helpers import LABELS, SEEDS, forgotten, taught
 
 METRIC = CorrectiveUnlearning(size=2)
 
@@ -71,7 +71,7 @@ def test_figures_by_hand():
     paper="most methods, retraining included, need most of the bad data identified; SSD works with a small part",
     differs="digits and a perceptron (card's own figures: 0.98 / 0.94 / 0.00; SSD 0.03)",
 )
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_retraining_needs_all_of_the_bad_data_and_ssd_a_part(seed):
     whole = corrupted(digits(), share=0.05, reveal=1.0, size=2, seed=seed)[0]
     before = figures(lived(whole.train, seed), whole)

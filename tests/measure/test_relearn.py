@@ -15,7 +15,7 @@ from remanence.core.problem import Classification, Regression
 from remanence.data import Examples
 from remanence.measure.relearn import Curve, advantage, relearn, with_columns
 from remanence.models import cnn, mlp
-from tests.forget.helpers import class_ids, digits_model, same, split
+from tests.forget.helpers import SEEDS, class_ids, digits_model, same, split
 
 TRAIN, TEST = split()
 THREE = class_ids(TRAIN, 3)
@@ -91,7 +91,7 @@ def test_a_lacking_column_is_newly_drawn_and_old_ones_keep_their_bits():
     assert labels == [7, 2, 5] and same(wide, model)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_purpose_a_class_that_was_only_hidden_comes_back_at_once(seed):
     """Class 3 hidden by its bias, 20 of its examples, until 90 % accuracy, against a model that never saw it."""
     original, never = digits_model(seed), digits_model(seed + 1, without=THREE)

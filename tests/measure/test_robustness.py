@@ -14,7 +14,7 @@ from remanence.core.errors import BadInput
 from remanence.core.problem import Regression
 from remanence.measure.robustness import gradient_norm, noisy, per_class, pruned, quantised
 from remanence.models import cnn, mlp
-from tests.forget.helpers import accuracy, digits_model, same, split
+from tests.forget.helpers import SEEDS, accuracy, digits_model, same, split
 
 TRAIN, TEST = split()
 
@@ -111,7 +111,7 @@ def test_shares_of_right_answers_by_class():
     assert found == {1: 1.0, 2: pytest.approx(2 / 3), 5: 1.0}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_purpose_a_sound_network_bears_what_the_report_does_to_it(seed):
     """int8, int4, 30 % pruned, noise of .3 sd: a digits network keeps nine tenths of its accuracy; at 2 bits it does not keep it all."""
     model = digits_model(seed)

@@ -16,7 +16,7 @@ from remanence.nn.blocks import feed_forward
 from remanence.nn.fisher import diagonal_fisher
 from remanence.nn.heads import grow_head
 from remanence.where.lora import LoRA
-from tests.forget.helpers import accuracy, learner_update, same, split, taught
+from tests.forget.helpers import SEEDS, accuracy, learner_update, same, split, taught
 
 SMALL = {"patch": 4, "width": 16, "depth": 2, "heads": 2, "ratio": 2}
 
@@ -153,7 +153,7 @@ def test_training_under_lora_moves_adapters_and_head_only():
         assert torch.equal(p, before[name]) is not moves, name
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_learns_digits(seed):
     """Measured: 0.953 to 0.962 of held-out digits."""
     train, test = split()

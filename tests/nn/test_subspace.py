@@ -10,7 +10,7 @@ from torch import nn
 from remanence.core.errors import BadInput, NotFinite
 from remanence.core.holder import Holder
 from remanence.core.ids import Ids
-from remanence.nn.subspace import Subspace, compress, layer_inputs
+from remanence.nn.subspace import Subspace, compress, fewest_columns, layer_inputs, projected_layers, step_outside
 
 torch.set_num_threads(1)
 
@@ -202,3 +202,77 @@ def test_wrong_input_changes_nothing():
             layer_inputs(model, lambda b: None, [{}], [name])
     with pytest.raises(BadInput):
         layer_inputs(model, lambda b: None, [{}], ["1"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_coordinates_and_back(bias):
+    """What lies inside and what is projected out add up to the whole, as a basis of d_in and of d_in + 1."""
+    store, rng = Subspace(torch.float64), torch.Generator().manual_seed(0)
+    store.extend({"a": low_rank(30, 3 * 2 * 2 + bias, 4, 1)}, 1.0)
+    weight = torch.randn(5, 3, 2, 2, generator=rng).double()
+    b = torch.randn(5, generator=rng).double() if bias else None
+    inner = store.coordinates("a", weight, b)
+    assert inner.shape == (5, 4)
+    inside, outside = store.inside("a", inner, weight), store.project_out("a", weight, b)
+    torch.testing.assert_close(inside[0] + outside[0], weight)
+    assert (inside[1] is None) is not bias
+    if b is not None:
+        torch.testing.assert_close(inside[1] + outside[1], b)
+    torch.testing.assert_close(store.coordinates("a", *inside), inner)
+    assert store.coordinates("other", weight, b).shape == (5, 0)
+
+
+def test_only_the_chosen_columns_are_taken_out():
+    store = Subspace(torch.float64)
+    store.extend({"a": noisy(40, 9, 0)}, 0.999)
+    m, weight = store.bases["a"], noisy(5, 9, 1)
+    columns = (torch.arange(m.shape[1]) % 2).double()
+    kept, _ = store.project_out("a", weight, columns=columns)
+    assert float((kept @ m[:, 1::2]).abs().max()) < 1e-12
+    torch.testing.assert_close(kept @ m[:, ::2], weight @ m[:, ::2])
+    both = [store.project_out("a", weight, columns=c)[0] for c in (torch.ones(m.shape[1]).double(), None)]
+    torch.testing.assert_close(both[0], both[1])
+    assert torch.equal(store.project_out("a", weight, columns=torch.zeros(m.shape[1]).double())[0], weight)
+
+
+def test_the_fewest_columns_are_as_few_as_any_choice():
+    """Against all subsets that have the last two columns."""
+    energy = torch.tensor([3.0, 0.5, 2.0, 1.0, 0.1, 0.7], dtype=torch.float64)
+    for needed in (0.5, 0.9, 2.0, 3.85, 5.9, 7.0, 7.3):
+        enough = [n for n in range(16) if float(energy[:4][[bool(n >> i & 1) for i in range(4)]].sum()) + 0.8 >= needed]
+        uses = fewest_columns(energy, 2, needed)
+        assert uses[4:].all() and float(energy[uses].sum()) >= needed
+        assert int(uses.sum()) == 2 + min(n.bit_count() for n in enough)
+
+
+def test_a_step_is_taken_outside_and_the_rest_goes_back():
+    net = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3, bias=False))
+    layers = projected_layers(net, "who")
+    assert layers["0"] == {"weight": "0.weight", "bias": "0.bias"} and layers["2"] == {"weight": "2.weight"}
+    store, x = Subspace(), low_rank(20, 6, 2, 3).float()
+    store.extend({"0": torch.cat([x, torch.ones(20, 1)], 1), "2": low_rank(20, 4, 1, 4)}, 1.0)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    answers = net[0](x).detach()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    params = dict(net.named_parameters())
+    step_outside(store, layers, params, before)
+    torch.testing.assert_close(net[0](x), answers, rtol=1e-4, atol=1e-4)
+    assert float((net[0].weight.detach() - before["0.weight"]).norm()) > 0.5
+    assert torch.equal(net[1].weight, before["1.weight"]) and torch.equal(net[1].bias, before["1.bias"])
+    with torch.no_grad():
+        net[0].weight.add_(1.0)
+    step_outside(store, layers, {"0.weight": net[0].weight}, before)  # its bias is frozen, so neither may move
+    assert torch.equal(net[0].weight, before["0.weight"])
+    with pytest.raises(BadInput, match=r"who: 0 is a Conv1d.*leave who out"):
+        projected_layers(nn.Sequential(nn.Conv1d(2, 2, 1)), "who")
+
+
+def test_all_layers_are_found_and_rows_can_stay_whole():
+    net, x = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.LayerNorm(2), nn.Linear(2, 2)), torch.rand(50, 3)
+    whole = layer_inputs(net, lambda b: net(b["x"]), [{"x": x}], whole=True)
+    assert set(whole) == {"0", "3"} and torch.equal(whole["0"], x.double()) and len(whole["3"]) == 50
+    short = layer_inputs(net, lambda b: net(b["x"]), [{"x": x}], ["0"])
+    assert short["0"].shape == (3, 3)
+    torch.testing.assert_close(short["0"].T @ short["0"], x.double().T @ x.double())
