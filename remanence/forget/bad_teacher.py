@@ -13,7 +13,6 @@ from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request, cat_batches
-from remanence.forget.base import lone_rows
 from remanence.nn.distances import kl_from_logits
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
@@ -57,7 +56,6 @@ class BadTeacher(Forgetter):
         ids = u.data("retain").id
         drawn = torch.randperm(len(ids), generator=u.rng("bad-teacher"))[: round(self.share * len(ids))]
         self._drawn = ids[drawn].to(u.device)
-        u.enter(lone_rows(u.model))
         u.run(drive="mixed")
         return Outcome(notes=[f"{len(drawn)} of {len(ids)} retained examples took part"])
 

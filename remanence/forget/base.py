@@ -1,14 +1,12 @@
-"""What forgetters share: other labels to teach, batches of a single row, and the way through the life's learner."""
+"""What forgetters share: other labels to teach, and the way through the life's learner."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
@@ -33,31 +31,6 @@ def other_labels(y: Tensor, columns: Tensor, rng: torch.Generator) -> Tensor:
     """For each of y (B,) one of the other `columns` (K,), ascending, each with probability 1 / (K - 1)."""
     step = 1 + torch.randint(len(columns) - 1, y.shape, generator=rng).to(y.device)
     return columns[(torch.searchsorted(columns, y) + step) % len(columns)]
-
-
-@contextmanager
-def lone_rows(model: nn.Module) -> Iterator[None]:
-    """Let one row alone through batch norm in train mode: it has no statistics of its own, so the running ones serve."""
-    held = set[int]()
-
-    def before(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if norm.training and inputs[0].numel() == inputs[0].shape[1]:
-            held.add(id(norm))
-            norm.eval()
-
-    def after(norm: nn.Module, *_: Any) -> None:
-        if id(norm) in held:
-            held.discard(id(norm))
-            norm.train()
-
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    handles = [norm.register_forward_pre_hook(before) for norm in norms]
-    handles += [norm.register_forward_hook(after, always_call=True) for norm in norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch, Out
 from remanence.data import Request, cat_batches
-from remanence.forget.base import lone_rows
 from remanence.nn.taps import attention_distance, hidden_layers, taps
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
@@ -62,7 +61,6 @@ class BlindspotRegression(Forgetter):
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             return self._distances(u.problem.forward(module, batch), batch["y"]).mean()
 
-        u.enter(lone_rows(u.model))
         blindspot = u.fresh("blindspot")
         u.fit(blindspot, retain, loss, epochs=self.blindspot_epochs)
         self._blindspot = blindspot.eval().requires_grad_(False)

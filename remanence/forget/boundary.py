@@ -12,7 +12,6 @@ from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request
-from remanence.forget.base import lone_rows
 from remanence.nn.anatomy import evaluating, features
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
@@ -64,7 +63,6 @@ class Boundary(Forgetter):
         else:
             self._shadow = self._draw(u)
             u.ask_features()
-        u.enter(lone_rows(u.model))
         u.run(drive="forget")
         return Outcome()
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from remanence.core.problem import Batch
 from remanence.data import Request
-from remanence.forget.base import lone_rows
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
 
@@ -35,7 +34,6 @@ class Catastrophic(Forgetter):
     }
 
     def forget(self, u: Update, request: Request) -> Outcome:
-        u.enter(lone_rows(u.model))
         u.run(drive="retain")
         return Outcome()
 

@@ -13,7 +13,6 @@ from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Examples, Request, cat
-from remanence.forget.base import lone_rows
 from remanence.nn.anatomy import evaluating
 from remanence.nn.attribution import head_data, head_effect, head_removal, pushed, trak_removal
 from remanence.nn.distances import mse, soft_cross_entropy
@@ -78,7 +77,6 @@ class DMM(Forgetter):
         effect, data = self._effect(u), self._rows(u)
         added = torch.cat([effect(batch).float().cpu() for batch in u.batches(data)])
         u.extra_bytes += added.nbytes
-        u.enter(lone_rows(u.model))
         u.run(data=data.replace(effect=added))
         own = torch.cat([effect(b).gather(1, b["y"][:, None]) for b in u.batches(u.data("forget"))])
         return Outcome(

@@ -11,7 +11,6 @@ from torch import Tensor
 from remanence.core.errors import BadInput
 from remanence.core.problem import Batch
 from remanence.data import Request, cat_batches
-from remanence.forget.base import lone_rows
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
 
@@ -43,7 +42,6 @@ class GaussianAmnesiac(Forgetter):
             raise BadInput("gaussian-amnesiac draws numbers, and this problem has classes; use random-label")
         y = u.data("seen")["y"].double()
         self._mean, self._spread = y.mean(0), y.std(0, correction=0)
-        u.enter(lone_rows(u.model))
         u.run(drive="mixed")
         return Outcome()
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request
-from remanence.forget.base import lone_rows
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
 
@@ -42,7 +41,6 @@ class GradientAscent(Forgetter):
     cap: float | None = knob(5.0, "nats beyond which an example is forgotten enough; null: never", low=0)
 
     def forget(self, u: Update, request: Request) -> Outcome:
-        u.enter(lone_rows(u.model))
         u.run(drive="forget")
         return Outcome()
 

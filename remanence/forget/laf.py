@@ -13,7 +13,6 @@ from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Examples, Request
-from remanence.forget.base import lone_rows
 from remanence.models.small import seeded
 from remanence.nn.anatomy import head, head_name, module_bytes
 from remanence.nn.distances import cosine_distance
@@ -70,7 +69,6 @@ class LAF(Forgetter):
         self._repairing = False
         self._origin = u.reference()
         self._typical, self._gone = (self._autoencoder(u, name) for name in ("seen", "forget"))
-        u.enter(lone_rows(u.model))
         u.run(drive="forget")
         if self.repair:
             self._repairing = True

@@ -10,7 +10,7 @@ from torch import Tensor
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request
-from remanence.forget.base import RELABELLING, RandomLabels, lone_rows
+from remanence.forget.base import RELABELLING, RandomLabels
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
 
@@ -36,7 +36,6 @@ class RandomLabel(Forgetter):
 
     def forget(self, u: Update, request: Request) -> Outcome:
         self._labels = RandomLabels.of(u, self.drive, self.alpha)
-        u.enter(lone_rows(u.model))
         u.run(drive=self._labels.drive)
         return Outcome()
 

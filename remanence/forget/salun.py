@@ -11,7 +11,7 @@ from torch import Tensor
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request
-from remanence.forget.base import RELABELLING, RandomLabels, lone_rows
+from remanence.forget.base import RELABELLING, RandomLabels
 from remanence.nn.masks import top_fraction
 from remanence.nn.saliency import mean_gradient
 from remanence.train.roles import Forgetter, Outcome
@@ -47,7 +47,6 @@ class SalUn(Forgetter):
     )
 
     def forget(self, u: Update, request: Request) -> Outcome:
-        u.enter(lone_rows(u.model))
         self._labels = RandomLabels.of(u, self.drive, self.alpha)
         if self.soft:
             self._origin = {name: p.detach().clone() for name, p in u.parameters.items()}

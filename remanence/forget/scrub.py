@@ -12,7 +12,6 @@ from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request
-from remanence.forget.base import lone_rows
 from remanence.nn.distances import kl_from_logits
 from remanence.train.roles import Forgetter, Outcome
 from remanence.train.update import Update
@@ -55,7 +54,6 @@ class SCRUB(Forgetter):
         if not u.columns:
             raise BadInput("scrub compares probabilities, and this problem has no classes; use gradient-ascent")
         self._teacher = u.reference()
-        u.enter(lone_rows(u.model))
         u.run(drive="sequence")
         return Outcome()
 

@@ -11,7 +11,7 @@ from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import Request
-from remanence.forget.base import RandomLabels, lone_rows
+from remanence.forget.base import RandomLabels
 from remanence.nn.anatomy import module_bytes
 from remanence.nn.prune import cut, magnitude, prunable, synflow
 from remanence.train.roles import Forgetter, Outcome
@@ -62,7 +62,6 @@ class SparseUnlearn(Forgetter):
     def forget(self, u: Update, request: Request) -> Outcome:
         if not len(u.data("retain")):
             raise BadInput("no retained data can be reached, and without it nothing holds a sparse network together")
-        u.enter(lone_rows(u.model))
         self._stage, self._labels = self.mode, None
         if self.mode == "l1":
             u.run(drive="retain")

@@ -58,7 +58,7 @@ class SSD(Forgetter):
         if self.guard is not None and not (u.columns and len(u.data("retain"))):
             raise BadInput("ssd: a guard looks at the accuracy on retained data, and there is none; leave guard out")
         forget, everything = self._importance(u, u.data("forget")), self._importance(u, u.data("seen"))
-        params: dict[str, Tensor] = dict(u.model.named_parameters())
+        params: dict[str, Tensor] = dict(u.parameters)
         if self.guard is None:
             return Outcome(
                 notes=[f"dampened {dampen(params, forget, everything, self.selection, self.dampening)} weights"]
@@ -92,7 +92,7 @@ class SSD(Forgetter):
             u.seed_of("ssd")
         )  # a batch mean depends on its batch: never whole tasks in a row
         batches = u.batches(examples.select(torch.randperm(len(examples), generator=rng)), u.settings.batch_size)
-        params = dict(u.model.named_parameters())
+        params = dict(u.parameters)
         return measures[self.importance](
             u.model, u.problem, batches, params, classes=u.classes.seen if u.columns else None
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
 from remanence.data import cat_batches
+from remanence.data.recurring import apportioned
 from remanence.train.roles import Keeper
 from remanence.train.update import Update
 
@@ -55,7 +55,8 @@ class PowerLawRehearsal(Keeper):
             return
         self._rows = len(u.data("task"))
         ages = torch.arange(len(earlier), 0, -1, dtype=torch.float64)
-        counts = shares(round(self.amount * self._rows), self.weights(ages), [len(examples) for examples in earlier])
+        limits = [len(examples) for examples in earlier]
+        counts = apportioned(round(self.amount * self._rows), self.weights(ages).tolist(), limits)
         rng = u.rng("power-law-rehearsal")
         drawn = [
             examples.batch(torch.randperm(len(examples), generator=rng)[:count])
@@ -83,23 +84,3 @@ class PowerLawRehearsal(Keeper):
         rng = torch.Generator().manual_seed(u.seed_of(f"power-law-rehearsal/{u.epoch}"))
         rows = torch.randperm(size, generator=rng)[start : size * self.taken // self._rows].to(batch["id"].device)
         return u.extend(batch, {name: column[rows] for name, column in self._pool.items()}, self)
-
-
-def shares(total: int, weights: Tensor, limits: Sequence[int]) -> list[int]:
-    """`total` cut by `weights` (n,) into whole numbers by the largest remainder, none above its limit: what a limit cuts off goes to
-    the others, and where all are at theirs the sum is less."""
-    limit = torch.tensor(limits, dtype=torch.float64)
-    exact, free = torch.zeros_like(limit), limit > 0
-    while bool(free.any()):
-        left = total - exact[~free].sum()
-        mass = weights[free].sum()
-        exact[free] = left * weights[free] / mass if mass > 0 else 0.0
-        over = free & (exact > limit)
-        if not bool(over.any()):
-            break
-        exact[over] = limit[over]
-        free &= ~over
-    whole = (exact + 1e-9).floor()
-    missing = round(float(exact.sum() - whole.sum()))
-    whole[(exact - whole).argsort(descending=True, stable=True)[:missing]] += 1
-    return [int(count) for count in whole.tolist()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def lone_rows(model: nn.Module) -> Iterator[None]:
+    """Let one row alone through batch norm in train mode: it has no statistics of its own, so the running ones serve."""
+    held = set[int]()
+
+    def before(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if norm.training and inputs[0].numel() == inputs[0].shape[1]:
+            held.add(id(norm))
+            norm.eval()
+
+    def after(norm: nn.Module, *_: Any) -> None:
+        if id(norm) in held:
+            held.discard(id(norm))
+            norm.train()
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    handles = [norm.register_forward_pre_hook(before) for norm in norms]
+    handles += [norm.register_forward_hook(after, always_call=True) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def taps(model: nn.Module, layers: Sequence[str]) -> Iterator[Taken]:
             hook.remove()
 
 
-def _tap(taken: Taken, name: str):  # type: ignore[no-untyped-def]  # torch's hook type has a dozen forms
+def _tap(taken: Taken, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def take(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not isinstance(output, Tensor):
             raise BadInput(f"the layer {name!r} gives a {type(output).__name__}; tap one that gives a tensor")

@@ -13,6 +13,7 @@ from remanence.core.errors import BadInput
 from remanence.core.problem import Batch
 from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Request
+from remanence.nn.anatomy import lone_rows
 from remanence.nn.masks import Restore
 from remanence.train.forward import Forward
 from remanence.train.roles import Forgetter, Learner, Outcome
@@ -72,7 +73,7 @@ def loop(
     flags = [(p, p.requires_grad) for p in params.values()]
     modes = [(m, m.training) for m in u.model.modules()]
     try:
-        with torch.random.fork_rng(devices=_cuda(u.device)):
+        with torch.random.fork_rng(devices=_cuda(u.device)), lone_rows(u.model):
             u.model.train()
             _limit(u, params, trainable, mask)
             u._parameters = {name: p for name, p in params.items() if p.requires_grad}

@@ -162,7 +162,7 @@ def test_same_seed_same_bits_and_state_round_trip():
     "5 x 2 class-incremental, three seeds",
     measured="permuted: 0.57 to 0.62 where finetuning has 0.41 to 0.44 and replay 0.74 to 0.75; class-incremental: 0.19 to 0.28 where "
     "finetuning has 0.13 to 0.19 and replay 0.64 to 0.73",
-    paper="permuted MNIST, 17 tasks: 0.89 where plain training has 0.48; class-incremental CIFAR-10 of Buzzega et al.: 0.20 of 0.20",
+    paper="-",
     differs="digits, a small perceptron and five tasks",
 )
 def test_permuted_digits():

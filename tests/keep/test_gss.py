@@ -167,7 +167,7 @@ def test_same_seed_same_bits_and_state_round_trip():
     "class-incremental, one pass, 40 rows a task and 270 in the third, 50 examples stored, three seeds",
     measured="0.33, 0.41, 0.39 where a reservoir has 0.20 to 0.22 and finetuning 0.10 to 0.18; balanced: 0.62 to 0.65, a reservoir "
     "0.67 to 0.73",
-    paper="better than a reservoir on streams of unequal tasks",
+    paper="-",
     differs="digits and a small perceptron, one step a batch; on equal tasks it is a little worse here",
 )
 def test_unequal_tasks():

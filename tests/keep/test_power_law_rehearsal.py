@@ -8,12 +8,17 @@ import torch
 from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
 from remanence.data import digits, permuted
-from remanence.keep.power_law_rehearsal import PowerLawRehearsal, shares
+from remanence.data.recurring import apportioned
+from remanence.keep.power_law_rehearsal import PowerLawRehearsal
 from remanence.models import mlp
 from remanence.train.roles import Keeper
 from tests.keep.lives import Lived, same, stream, weights
 
 STREAM = stream()
+
+
+def shares(total, weights, limits):
+    return apportioned(total, weights.tolist(), limits)
 
 
 class Watch(Keeper):

@@ -486,3 +486,18 @@ def test_carried_optimizer_state_equals_one_long_optimizer() -> None:
         state = u.carried
         bare(theirs, data, optimizer, 2, 16, event=f"learn/{number}")
     assert same(ours, theirs)
+
+
+def test_a_last_batch_of_one_row_passes_batch_norm():
+    """It has no statistics of its own: the running ones serve, and they do not move for it."""
+    from remanence.data import Examples
+    from remanence.models import mlp
+    from tests.forget.helpers import learner_update, split
+
+    train = split()[0]
+    odd: Examples = train.select(torch.arange(33))
+    model = mlp(64, [16], 10, norm=True)
+    norm = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d))
+    learn(learner_update(model, odd, batch_size=32, lr=1e-3))
+    assert int(norm.num_batches_tracked) == 1 and all(torch.isfinite(p).all() for p in model.parameters())
+    assert norm.training and not norm._forward_hooks and not norm._forward_pre_hooks
