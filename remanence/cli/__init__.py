@@ -10,7 +10,7 @@ import typer
 
 from remanence import __version__, catalogue
 from remanence.cli.lives import REPEATED, Bar, go_on, living, open_life, say_closing, say_event
-from remanence.cli.parts import explain, line_of
+from remanence.cli.parts import explain, line_of, list_by
 from remanence.cli.words import (
     FAILED,
     INTERRUPTED,
@@ -134,6 +134,14 @@ def compare(
     where: Annotated[
         str | None, typer.Option(help="Where to write: none, hft, {lora: {rank: 4}}.", show_default=False)
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Budgets such as 200KB,500KB,1MB: every variant with each, stores as large as fit.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[
         int, typer.Option(min=1, help="How many lives of each variant, counted from the plan's seed.")
     ] = 3,
@@ -167,6 +175,7 @@ def compare(
             keep=keep,
             where=where,
             forget=forget,
+            memory=memory,
             seeds=seeds,
             jobs=jobs,
             references=references,
@@ -404,12 +413,23 @@ def methods(
             metavar="NEEDS", help="Leave out what needs these, such as retain-data,labels.", show_default=False
         ),
     ] = None,
+    taxonomy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SURVEY",
+            help="Group learners, keepers and wheres as a survey does: wang or parisi.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods and other parts there are."""
     found = catalogue.parts(verb, kind, family, without)
     if as_json:
         typer.echo(json.dumps([line_of(part) for part in found], indent=1, ensure_ascii=False))
+        return
+    if taxonomy is not None:
+        list_by(taxonomy, found)
         return
     table = make_table("verb", "slug", "kind", "family", "needs", "checked against")
     for part in found:
@@ -454,10 +474,14 @@ def stream_show(
         raise BadInput(f"--save {save}: pictures are SVG; name a file that ends in .svg")
 
     from remanence.data.streams import stream_of
+    from remanence.taxonomy import SCENARIOS, scenarios
 
     found = stream_of({name: given})
     if save is None:
         typer.echo(found.table())
+        letters = scenarios(found.scenario, found.borders, [set(task.classes) for task in found])
+        for each in letters:
+            typer.echo(f"{each}: {SCENARIOS[each]}")
         return
     try:
         save.write_text(found.picture(), encoding="utf-8")

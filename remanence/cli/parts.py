@@ -6,9 +6,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from remanence import catalogue
+from remanence import catalogue, taxonomy
 from remanence.cli.words import cells, make_table, say
-from remanence.core.errors import BadInput
+from remanence.core.errors import BadInput, UnknownName, nearest
 
 if TYPE_CHECKING:
     from remanence.core.part import Part
@@ -25,7 +25,32 @@ def line_of(part: Part) -> dict[str, Any]:
         "needs": list(part.needs),
         "module": part.module,
         "fidelity": catalogue.fidelity(part),
+        "taxonomy": taxonomy.of(part),
     }
+
+
+def list_by(survey: str, found: list[Part]) -> None:
+    """The parts that a survey speaks of, family by family, in its words.
+
+    Raises:
+        UnknownName: no such survey.
+    """
+    if survey not in taxonomy.NAMES:
+        raise UnknownName(
+            f"no taxonomy is called {survey!r}{nearest(survey, taxonomy.NAMES)} (there is {', '.join(taxonomy.NAMES)})"
+        )
+    table = (
+        make_table(survey, "kind", "verb", "slug", "family")
+        if survey == "wang"
+        else make_table(survey, "verb", "slug", "family")
+    )
+    for family in taxonomy.NAMES[survey]:
+        for part in found:
+            place = taxonomy.of(part)
+            if place.get(survey) == family:
+                kind = [place.get("wang_kind", "")] if survey == "wang" else []
+                table.add_row(*cells(family, *kind, part.verb, part.slug, part.family))
+    say(table)
 
 
 def explain(part: Part) -> None:

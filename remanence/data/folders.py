@@ -47,20 +47,39 @@ def images(
         UnknownName: a class folder that `classes` does not name.
         Corrupt: a file that is truncated or no image; names it.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise BadInput("image folders need Pillow; install it by: pip install 'remanence[images]'") from None
+    _pillow()
     root = Path(folder)
     if not root.is_dir():
         raise BadInput(f"{root} is no folder; give a folder that has one folder of images per class")
+    labels, files = _listed(root, classes)
+    names = [name for _, name in files]
+    x = decoded(root, names, size, gray, max_pixels, max_bytes, source)
+    y = torch.tensor([labels[label] for label, _ in files])
+    return Examples({"x": x, "y": y, "document": names}, source)
+
+
+def decoded(
+    root: Path,
+    names: Sequence[str],
+    size: int | Sequence[int] | None,
+    gray: bool,
+    max_pixels: int,
+    max_bytes: int,
+    source: str,
+) -> torch.Tensor:
+    """The images `names` inside `root`, in that order: (N, 3, H, W), or (N, 1, H, W) where `gray`, in [0, 1]. See `images`.
+
+    Raises:
+        BadInput: no positive size; images of unequal size; an image or the whole beyond its limit; no image by its suffix; no Pillow.
+        Corrupt: a file that is truncated or no image; names it.
+    """
+    Image = _pillow()
     shape = (size, size) if isinstance(size, int) else None if size is None else tuple(size)
     if shape is not None and (len(shape) != 2 or min(shape) < 1):
         raise BadInput(f"size={size!r} must be a positive number of pixels, or (height, width)")
-    labels, files = _listed(root, classes)
     x: torch.Tensor | None = None
-    for number in watched(len(files), f"reading {source}"):
-        name = files[number][1]
+    for number in watched(len(names), f"reading {source}"):
+        name = names[number]
         path = root / name
         if path.suffix.lower() not in _SUFFIXES:
             raise BadInput(f"{name} is not known as an image ({', '.join(_SUFFIXES)}); move it away or convert it")
@@ -88,22 +107,40 @@ def images(
         values = np.asarray(plain)
         if x is None:
             channels, first = 1 if gray else 3, values.shape[:2]
-            fits(len(files) * channels * first[0] * first[1] * 4, max_bytes, f"{len(files)} images of this size")
-            x = torch.empty(len(files), channels, *first)
+            fits(len(names) * channels * first[0] * first[1] * 4, max_bytes, f"{len(names)} images of this size")
+            x = torch.empty(len(names), channels, *first)
         if values.shape[:2] != first:
             raise BadInput(
-                f"{name} is {values.shape[0]} x {values.shape[1]} where {files[0][1]} is {first[0]} x {first[1]} (height x width); "
+                f"{name} is {values.shape[0]} x {values.shape[1]} where {names[0]} is {first[0]} x {first[1]} (height x width); "
                 "give size= to make all images alike"
             )
         x[number] = torch.tensor(values).reshape(*first, channels).permute(2, 0, 1)
     assert x is not None
-    y = torch.tensor([labels[label] for label, _ in files])
-    return Examples({"x": x.div_(255), "y": y, "document": [name for _, name in files]}, source)
+    return x.div_(255)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise BadInput("image folders need Pillow; install it by: pip install 'remanence[images]'") from None
+    return Image
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path of `name` in `root`, whether or not there is such a file.
+
+    Raises:
+        BadInput: a link that leads out of `root`.
+    """
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise BadInput(f"{name} is a link that leads out of {root}; copy the file instead")
+    return path
 
 
 def _listed(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Labels by class, and (class, path inside `root`) of every file, in order."""
-    inside = root.resolve()
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     names = list(folders if classes is None else classes)
     for folder in folders:
@@ -117,10 +154,7 @@ def _listed(root: Path, classes: Sequence[str] | None) -> tuple[dict[str, int], 
         if not found:
             raise BadInput(f"{root}: the class folder {folder!r} has no images; add some or remove it")
         for name in found:
-            path = root / folder / name
-            if not path.resolve().is_relative_to(inside):
-                raise BadInput(f"{folder}/{name} is a link that leads out of {root}; copy the file instead")
-            if not path.is_file():
+            if not inside(root, f"{folder}/{name}").is_file():
                 raise BadInput(f"{folder}/{name} is no file; class folders hold images only")
             files.append((folder, f"{folder}/{name}"))
     if not files:

@@ -20,16 +20,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from remanence.core.errors import BadInput, UnknownName, nearest
+from remanence.data.cifar import cifar10, cifar100
 from remanence.data.corrupted import corrupted
 from remanence.data.degraded import label_noise, long_tail
 from remanence.data.digits import digits, idx, split_classes, split_digits, split_idx
 from remanence.data.examples import Examples
+from remanence.data.few_shot import few_shot
 from remanence.data.folders import images
+from remanence.data.instances import instance_incremental
 from remanence.data.mapped import memmap
+from remanence.data.nevis import dated
+from remanence.data.omniglot import omniglot
 from remanence.data.recurring import power_law, recurring, si_blurry
 from remanence.data.stream import Stream
 from remanence.data.tables import csv, npz
 from remanence.data.transformed import blurry, permuted, rotated
+from remanence.data.vision import core50, core50_stream, imagenet_r, tiny_imagenet
 
 T = TypeVar("T")
 
@@ -41,8 +47,18 @@ SOURCES: dict[str, Callable[..., Examples]] = {
     "npz": npz,
     "images": images,
     "memmap": memmap,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "tiny-imagenet": tiny_imagenet,
+    "imagenet-r": imagenet_r,
+    "core50": core50,
+    "omniglot": omniglot,
 }
-Source = Literal["digits"] | dict[Literal["digits", "idx", "csv", "npz", "images", "memmap"], dict[str, Any] | None]
+_Vision = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet-r", "core50", "omniglot"]
+Source = (
+    Literal["digits"]
+    | dict[Literal["digits", "idx", "csv", "npz", "images", "memmap"] | _Vision, dict[str, Any] | None]
+)
 
 
 def examples_of(source: Source) -> Examples:
@@ -215,6 +231,42 @@ def _label_noise(
     return label_noise(stream_of(stream), share, how, seed)
 
 
+def _nevis(
+    sets: str | list[dict[str, Any]],
+    size: int | list[int] = 64,
+    gray: bool = False,
+    test_share: float = 0.25,
+    seed: int = 0,
+) -> Stream:
+    if not isinstance(sets, str):  # a `source` is what it is in every other stream
+        sets = [{**each, "source": examples_of(each["source"])} if "source" in each else each for each in sets]
+    return dated(sets, size, gray, test_share, seed)
+
+
+def _few_shot(
+    source: Source,
+    sets: int = 5,
+    interval: int = 1,
+    ways: int = 5,
+    shots: int = 1,
+    targets: int = 5,
+    overwrite: bool = False,
+    instance: bool = False,
+    corrupt: str = "noise",
+    level: float = 0.0,
+    seed: int = 0,
+) -> Stream:
+    return few_shot(
+        examples_of(source), sets, interval, ways, shots, targets, overwrite, instance, corrupt, level, seed
+    )
+
+
+def _instances(
+    source: Source, tasks: int = 5, test: Source | None = None, test_share: float = 0.25, seed: int = 0
+) -> Stream:
+    return instance_incremental(examples_of(source), tasks, _test(test), test_share, seed)
+
+
 STREAMS: dict[str, Callable[..., Stream]] = {
     "split-digits": split_digits,
     "split-idx": split_idx,
@@ -228,4 +280,8 @@ STREAMS: dict[str, Callable[..., Stream]] = {
     "power-law": _power_law,
     "long-tail": _long_tail,
     "label-noise": _label_noise,
+    "core50": core50_stream,
+    "nevis": _nevis,
+    "few-shot": _few_shot,
+    "instance-incremental": _instances,
 }

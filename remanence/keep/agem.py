@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class AGEM(Keeper):
     reservoir over all events, filled at each one's end, where the paper gives every task an equal share; there is one head, where
     the paper has one for each task and tells the network which to use. In a forget run it stands aside.
     """
+
+    stores: ClassVar[tuple[str, ...]] = ("capacity",)
 
     capacity: int = knob(200, "examples in the reservoir", low=0)
     batch_size: int = knob(64, "rows drawn for r at each step", low=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class DER(Keeper):
     its CIFAR-10 with 200 examples. Deviations: one forward for new and drawn rows, where the official code makes three, so batch
     norm sees them together; its buffer may hold an example twice; it knows no head that grows.
     """
+
+    stores: ClassVar[tuple[str, ...]] = ("capacity",)
 
     alpha: float = knob(0.1, "weight of the distance to stored outputs", low=0)
     beta: float = knob(0.5, "weight of the loss on stored labels; 0: DER", low=0)

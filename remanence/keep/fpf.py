@@ -42,6 +42,7 @@ class FPF(Keeper):
     """
 
     moves_at_end: ClassVar[bool] = True
+    stores: ClassVar[tuple[str, ...]] = ("capacity",)
 
     k: int = knob(1, "calls per event; 0: none", low=0)
     modules: str | list[str] = knob("norm+head", "what is trained: norm+head, or names of modules")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ class GSS(Keeper):
     for a batch. Deviations: that code goes on only if the whole batch's gradient has C < 1, compares with gradients of minibatches,
     and draws who gives way by scores scaled to [0, 1]; this is the paper's rule. The variant by integer programming is not offered.
     """
+
+    stores: ClassVar[tuple[str, ...]] = ("capacity",)
 
     capacity: int = knob(200, "examples kept in all", low=0)
     batch_size: int = knob(64, "rows drawn per batch", low=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
@@ -24,6 +25,8 @@ class Replay(Keeper):
     Pick it whenever old examples may be kept: nothing this simple is better. Needs: labels for ``class-balanced``.
     References: Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning", arXiv 1902.10486.
     """
+
+    stores: ClassVar[tuple[str, ...]] = ("capacity", "per_class")
 
     per_class: int | None = knob(20, "examples kept of each class; None: `capacity` decides", low=0)
     capacity: int | None = knob(None, "examples kept in all; None: no limit but `per_class`", low=0)

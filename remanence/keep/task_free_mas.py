@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class TaskFreeMAS(Keeper):
     strength is in another unit; it makes five steps of a batch (here the learner says how many) and counts the hard
     examples' losses in, too.
     """
+
+    stores: ClassVar[tuple[str, ...]] = ("hard",)
 
     strength: float = knob(0.5, "weight of the penalty; 0: no hard examples either", low=0)
     window: int = knob(5, "batches whose losses are looked at together", low=2)

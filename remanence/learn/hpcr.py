@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,8 @@ class HPCR(Learner):
     the second line (the code's head is full from the start and holds answers for classes that nobody had met). With ten classes
     alpha = 0.1 harms: on the digits it costs 0.08 to 0.15 of accuracy.
     """
+
+    stores: ClassVar[tuple[str, ...]] = ("capacity",)
 
     capacity: int = knob(1000, "examples in the reservoir", low=0)
     replay: int = knob(10, "rows drawn per batch", low=0)

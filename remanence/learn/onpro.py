@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,6 +54,8 @@ class OnPro(Learner):
     all rows of a pair); one forward for all rows, so that batch norm sees them together; where nothing can be replayed cross-entropy is
     taken on the new rows. Cross-entropy sees rows through the view, as there. The means of the last step are dropped after the event.
     """
+
+    stores: ClassVar[tuple[str, ...]] = ("capacity",)
 
     capacity: int = knob(200, "examples in the reservoir", low=0)
     replay: int = knob(64, "rows replayed per batch, at most", low=0)

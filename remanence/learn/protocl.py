@@ -46,6 +46,7 @@ class ProtoCL(Learner):
     """
 
     moves_weights: ClassVar[bool] = False  # a life sees by itself that an event moved them
+    stores: ClassVar[tuple[str, ...]] = ("memory",)
 
     encoder: str = knob(
         "trained", "train the network at each event, or leave it as it is", choices=("trained", "frozen")

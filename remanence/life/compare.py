@@ -18,14 +18,20 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from remanence.core.errors import BadInput, Refused, RemanenceError
 from remanence.life.files import canonical, plain_errors, write_atomic
-from remanence.life.grid import AXES, Cell, Group, choices, expand, groups, prefix_text
+from remanence.life.grid import AXES, Cell, Group, cell_of, choices, expand, groups, prefix_text
 from remanence.life.home import begun
 from remanence.life.lock import Lock
+from remanence.life.memory import Room, budgets_of, fitted, refuse_sizes, room_of, trials
 from remanence.life.plan import load_plan
+from remanence.life.report_words import size
 from remanence.life.surroundings import versions
+from remanence.measure import matrix as figures_of
 from remanence.measure.evidence import compare_distances, interval
+from remanence.measure.memory import accuracy_per_mb, area_under_curve
 
 __all__ = ["collect", "compare"]
 
@@ -39,6 +45,10 @@ LIFE_FIGURES = (
     "seconds",
     "bytes",
 )
+#: The same, against the life of the same seed that learned by `joint`, where there is one.
+JOINT_FIGURES = ("omega_all", "intransigence")
+#: Accuracy against memory: what is said, and the letters of its area.
+CURVES = {"average_incremental_accuracy": "AUC-A", "average_accuracy": "AUC-L"}
 
 #: So many requests of a kind in one plan are also shown as one table.
 POOLED = 5
@@ -53,6 +63,7 @@ def compare(
     keep: str | None = None,
     where: str | None = None,
     forget: str | None = None,
+    memory: str | None = None,
     seeds: int | Sequence[int] = 3,
     jobs: int = 1,
     references: int = 3,
@@ -65,6 +76,8 @@ def compare(
 
     Args:
         learn, keep, where, forget: alternatives in the syntax of plans, see `grid.choices`; None: as planned.
+        memory: budgets such as ``200KB,500KB,1MB``; every variant lives with each, its stores as large as the budget allows beside
+            everything else that remembers.
         seeds: how many, counted from the plan's own, or which.
         jobs: processes at a time.
         references: models retrained for each request, at least 2: one has no spread.
@@ -98,13 +111,28 @@ def compare(
         "where": choices("where", where, plan),
         "forget": choices("forget", forget, plan),
     }
+    budgets = budgets_of(memory) if memory is not None else []
+    if budgets:
+        refuse_sizes(axes["learner"], axes["keep"])
     about = {**versions(), "threads": plan.threads or 1}
-    cells = expand(plan, axes, numbers, references, build_stream(plan).fingerprint(), about)
+    fingerprint = build_stream(plan).fingerprint()
+    cells = expand(plan, axes, numbers, references, fingerprint, about)
     kept = root / "plan.yaml"
     if kept.exists() and kept.read_text(encoding="utf-8") != plan.source:
         raise Refused(f"{root} holds the comparison of another plan; choose another --home, or delete the folder")
     write_atomic(kept, plan.source.encode())
+    failed: list[dict[str, Any]] = []
+    fits: list[tuple[Cell, int, int | None]] = []
+    unfit: list[dict[str, Any]] = []
     with Lock(root):
+        if budgets:
+
+            def cell(names: dict[str, str], seed: int, text: str) -> Cell:
+                return cell_of(names, seed, text, fingerprint, about)
+
+            rooms, failed = _rooms(root, trials(cells, cell), jobs, told)
+            fits, unfit = fitted(cells, budgets, rooms, cell)
+            cells = [each for each, _, _ in fits]
         _run(root, cells, jobs, told)
     made = {
         "name": plan.name,
@@ -113,6 +141,9 @@ def compare(
         "versions": about,
         **collect(cells, [_result(root, cell) for cell in cells]),
     }
+    made["failed"] = failed + made["failed"]
+    if budgets:
+        made["memory"] = at_memory(fits, [_result(root, each) for each, _, _ in fits], budgets, unfit)
     if klom:
         _add_klom(root, cells, made["requests"], told)
     write_atomic(
@@ -121,8 +152,26 @@ def compare(
     return made, root
 
 
+def _rooms(
+    root: Path, lives: Mapping[tuple[str, ...], Sequence[Cell]], jobs: int, told: Told | None
+) -> tuple[dict[tuple[str, ...], Room], list[dict[str, Any]]]:
+    """What the trial lives of each setting tell of its bytes, and which of them failed."""
+    _run(root, [cell for each in lives.values() for cell in each], jobs, told)
+    rooms: dict[tuple[str, ...], Room] = {}
+    failed: list[dict[str, Any]] = []
+    for setting, each in lives.items():
+        results = [_result(root, cell) or {"error": "not finished"} for cell in each]
+        errors = [result["error"] for result in results if result["error"] is not None]
+        if errors:
+            failed.append({**each[0].names, "seed": each[0].seed, "error": errors[0]})
+        else:
+            rooms[setting] = room_of([_figure(result["report"], "bytes") or 0.0 for result in results])
+    return rooms, failed
+
+
 def _run(root: Path, cells: Sequence[Cell], jobs: int, told: Told | None) -> None:
-    """The cells that are not done yet, or that failed, their groups side by side."""
+    """The cells that are not done yet, or that failed, their groups side by side. What has no store is one life at every budget."""
+    cells = list({cell.key: cell for cell in cells}.values())
     open_ = [cell for cell in cells if (_result(root, cell) or {"error": "not begun"})["error"] is not None]
     done = len(cells) - len(open_)
     if told is not None:
@@ -254,11 +303,73 @@ def _add_klom(root: Path, cells: Sequence[Cell], requests: Sequence[dict[str, An
                 rows[AGAIN]["klom"] = found["rows"][distributions.ORACLES]
 
 
+def at_memory(
+    fits: Sequence[tuple[Cell, int, int | None]],
+    results: Sequence[Mapping[str, Any] | None],
+    budgets: Sequence[int],
+    unfit: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Accuracy against memory: a row per variant and accuracy, with its figure at every budget, what the stores hold there, the area
+    over all budgets (None where one does not fit) and the accuracy per MB at the smallest and the largest budget.
+
+    A life that came to more bytes than its budget in spite of all does not count at it."""
+    curves: dict[tuple[str, ...], dict[int, dict[int, Mapping[str, Any]]]] = {}
+    stored: dict[tuple[str, ...], dict[int, int | None]] = {}
+    outside = {(*(each[axis] for axis in AXES if axis != "memory"), each["budget"]): each["reason"] for each in unfit}
+    for (cell, budget, units), result in zip(fits, results, strict=True):
+        names = tuple(cell.names[axis] for axis in AXES if axis != "memory")
+        curves.setdefault(names, {})
+        stored.setdefault(names, {})[budget] = units
+        if result is None or result["error"] is not None:
+            continue
+        weight = _figure(result["report"], "bytes") or 0.0
+        if weight > budget:
+            outside[(*names, budget)] = f"needs {size(weight)}"
+        else:
+            curves[names].setdefault(budget, {})[cell.seed] = result["report"]
+    for each in unfit:
+        curves.setdefault(tuple(each[axis] for axis in AXES if axis != "memory"), {})
+    rows = []
+    for names, at in curves.items():
+        for figure, area in CURVES.items():
+            points = {
+                b: {s: v for s, r in reports.items() if (v := _figure(r, figure)) is not None}
+                for b, reports in at.items()
+            }
+            whole = set.intersection(*(set(points.get(budget, ())) for budget in budgets))
+            lines = [[points[budget][seed] for budget in budgets] for seed in sorted(whole)]
+            ends = [accuracy_per_mb(budgets, line) for line in lines]
+            rows.append(
+                {
+                    **dict(zip([axis for axis in AXES if axis != "memory"], names, strict=True)),
+                    "accuracy": figure,
+                    "points": [
+                        {
+                            "budget": budget,
+                            "stored": stored.get(names, {}).get(budget),
+                            "value": _stat(points.get(budget, {}).values()),
+                            "outside": outside.get((*names, budget)),
+                        }
+                        for budget in budgets
+                    ],
+                    "area": area,
+                    "auc": _stat([area_under_curve(budgets, line) for line in lines]) if len(budgets) > 1 else None,
+                    "apm_s": _stat([small for small, _ in ends]),
+                    "apm_e": _stat([large for _, large in ends]),
+                }
+            )
+    return {"budgets": list(budgets), "rows": rows}
+
+
 def _lives(variants: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     first: dict[int, float] | None = None
+    joint = _joint(variants)
     for names, reports in variants.items():
         figures = {name: {seed: _figure(report, name) for seed, report in reports.items()} for name in LIFE_FIGURES}
+        if joint:
+            against = {seed: _against(report, joint[seed]) for seed, report in reports.items() if seed in joint}
+            figures |= {name: {seed: found[name] for seed, found in against.items()} for name in JOINT_FIGURES}
         accuracy = {seed: value for seed, value in figures["average_accuracy"].items() if value is not None}
         shared = sorted(set(accuracy) & set(first)) if first is not None else []
         rows.append(
@@ -270,6 +381,27 @@ def _lives(variants: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) 
         )
         first = accuracy if first is None else first
     return rows
+
+
+def _joint(variants: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) -> Mapping[int, Mapping[str, Any]]:
+    """The lives of the first variant that learns by `joint`, by seed."""
+    return next((reports for names, reports in variants.items() if names[0].partition("(")[0] == "joint"), {})
+
+
+def _against(report: Mapping[str, Any], joint: Mapping[str, Any]) -> dict[str, float | None]:
+    """A life's figures against the joint life: what of its accuracy is there, and how much worse each task was learned, in the mean."""
+    if any(each.get("score", "accuracy") != "accuracy" for each in (report, joint)):
+        return dict.fromkeys(JOINT_FIGURES)
+    mine, best = (
+        np.array([[math.nan if v is None else v for v in row] for row in each["matrix"]]) for each in (report, joint)
+    )
+    if mine.shape != best.shape or not mine.size:
+        return dict.fromkeys(JOINT_FIGURES)
+    ideal = [figures_of.average_accuracy(best, at) for at in range(len(best))]
+    when = figures_of.learned_rows(best)
+    lost = [figures_of.intransigence(mine, best[row, task], task) for task, row in enumerate(when) if row < len(best)]
+    found = {"omega_all": figures_of.omega(mine, ideal)["omega_all"], "intransigence": sum(lost) / max(len(lost), 1)}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def _figure(report: Mapping[str, Any], name: str) -> float | None:

@@ -28,6 +28,9 @@ _LIVES = (
     ("seconds", "seconds", lambda value: number(value, 1)),
     ("bytes", "memory", size),
 )
+#: These only where one of the variants learned by `joint`.
+_JOINT = (("omega_all", "Omega", lambda value: number(value, 2)), ("intransigence", "intransigence", percent))
+_MEMORY = "memory"
 #: What the picture shows: how far the request is from retrained, against what that did to everything else.
 FORGOTTEN, UTILITY = "KL from references", "test accuracy"
 #: Sets of examples that KLoM is told of, where it was asked for.
@@ -58,13 +61,42 @@ def varied(data: Mapping[str, Any]) -> list[str]:
 def lives_table(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heading and rows: a variant, its figures, and its difference to the first in average accuracy, paired by seed."""
     axes = varied(data)
-    heading = [*axes, *[name for _, name, _ in _LIVES], "against the first"]
+    figures = [*_LIVES, *[each for each in _JOINT if any(each[0] in row["figures"] for row in data["lives"])]]
+    heading = [*["budget" if axis == _MEMORY else axis for axis in axes], *[name for _, name, _ in figures]]
+    heading.append("against the first")
     rows = []
     for row in data["lives"]:
-        cells = [stat(row["figures"][key], say) for key, _, say in _LIVES]
+        cells = [stat(row["figures"].get(key), say) for key, _, say in figures]
         difference = stat(row["difference"], lambda value: percent(value, True)) if row["difference"] else DASH
         rows.append([*[row[axis] for axis in axes], *cells, difference])
     return heading, rows
+
+
+def memory_table(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of accuracy against memory: for each variant its incremental and its last accuracy at every budget, and in
+    brackets what its stores hold there; the area over the budgets, and accuracy per MB at the smallest and at the largest."""
+    made = data["memory"]
+    axes = [axis for axis in varied(data) if axis != _MEMORY]
+    rows = []
+    for row in made["rows"]:
+        cells = []
+        for point in row["points"]:
+            held = f" ({number(point['stored'])})" if point["stored"] is not None else ""
+            cells.append(point["outside"] or stat(point["value"], percent) + held)
+        cells.append(stat(row["auc"], lambda value: number(value, 4)))
+        cells += [stat(row[key], lambda value: number(100 * value, 1)) for key in ("apm_s", "apm_e")]
+        said = "incremental" if row["area"] == "AUC-A" else "last"
+        rows.append([*[row[axis] for axis in axes], said, *cells])
+    budgets = [size(budget) for budget in made["budgets"]]
+    return [*axes, "accuracy", *budgets, "AUC", "APM-S", "APM-E"], rows
+
+
+MEMORY_NOTE = (
+    "All that remembers at the end of the life, network and stores together, fits into the budget; in brackets what its stores may hold. "
+    "AUC is the area under the curve by the trapezoid rule, in accuracy (a share) x MB: AUC-A of incremental, AUC-L of last accuracy, "
+    "where a variant fits into every budget. APM-S and APM-E are % per MB at the smallest and the largest. Old data that a method reads "
+    "again from the stream, as joint does, is in no budget."
+)
 
 
 def request_table(data: Mapping[str, Any], request: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -135,6 +167,9 @@ def render(data: Mapping[str, Any]) -> RenderableType:
     ]
     heading, rows = lives_table(data)
     parts.append(_table([name.replace("average accuracy", "accuracy") for name in heading], rows, len(varied(data))))
+    if _MEMORY in data:
+        heading, rows = memory_table(data)
+        parts += [_table(heading, rows, heading.index("accuracy") + 1), Text(MEMORY_NOTE, style="dim")]
     for request in data["requests"]:
         parts += [Text(title(request), style="bold"), _compact(request)]
     if data["requests"]:
@@ -181,7 +216,20 @@ def as_csv(data: Mapping[str, Any]) -> str:
     out = io.StringIO()
     sheet = csv.writer(out, lineterminator="\n")
     sheet.writerow(
-        ["table", "learner", "keep", "where", "request", "forget", "figure", "mean", "half_width_95", "n", "verdict"]
+        [
+            "table",
+            "learner",
+            "keep",
+            "where",
+            "budget",
+            "request",
+            "forget",
+            "figure",
+            "mean",
+            "half_width_95",
+            "n",
+            "verdict",
+        ]
     )
 
     def line(
@@ -195,7 +243,7 @@ def as_csv(data: Mapping[str, Any]) -> str:
     ) -> None:
         if value is not None:
             half = "" if value["half"] is None else value["half"]
-            names = [_safe(str(row[axis])) for axis in AXES[:3]]
+            names = [_safe(str(row[axis])) for axis in AXES[:-1]]
             sheet.writerow(
                 [table, *names, _safe(request), _safe(forget), figure, value["mean"], half, value["n"], verdict]
             )
@@ -204,6 +252,12 @@ def as_csv(data: Mapping[str, Any]) -> str:
         for figure, value in row["figures"].items():
             line("lives", row, "", row["forget"], figure, value)
         line("lives", row, "", row["forget"], "average_accuracy against the first", row["difference"])
+    for row in data.get(_MEMORY, {"rows": []})["rows"]:
+        whole = {**row, _MEMORY: ""}
+        for point in row["points"]:
+            line("memory", {**row, _MEMORY: size(point["budget"])}, "", row["forget"], row["accuracy"], point["value"])
+        for name, key in ((row["area"], "auc"), ("APM-S", "apm_s"), ("APM-E", "apm_e")):
+            line("memory", whole, "", row["forget"], f"{name} of {row['accuracy']}", row[key])
     for request in data["requests"]:
         for row in request["rows"]:
             for metric, value in row["gaps"].items():
@@ -227,7 +281,7 @@ def as_csv(data: Mapping[str, Any]) -> str:
 
 def _safe(text: str) -> str:
     """A spreadsheet takes what begins so for a formula."""
-    return "'" + text if text[:1] in "=+-@\t\r" else text
+    return "'" + text if text and text[0] in "=+-@\t\r" else text
 
 
 def as_markdown(data: Mapping[str, Any]) -> str:
@@ -237,6 +291,8 @@ def as_markdown(data: Mapping[str, Any]) -> str:
         f"{len(data['lives'])} variants, seeds {', '.join(map(str, data['seeds']))}.",
         _markdown(*lives_table(data)),
     ]
+    if _MEMORY in data:
+        parts += ["## At equal memory", _markdown(*memory_table(data)), MEMORY_NOTE]
     for request in data["requests"]:
         parts += [f"## {_cell(title(request))}", _markdown(*request_table(data, request))]
     if data["requests"]:
@@ -263,6 +319,9 @@ def as_html(data: Mapping[str, Any]) -> str:
     return template("comparison.html.j2").render(
         d=data,
         lives=lives_table(data),
+        picture=against_bytes("m", data),
+        memory=memory_table(data) if _MEMORY in data else None,
+        memory_note=MEMORY_NOTE,
         words=len(varied(data)),
         requests=requests,
         note=note(data),
@@ -337,6 +396,63 @@ def pareto(key: str, request: Mapping[str, Any]) -> Markup | None:
     ]
     told = "; ".join(f"{name} at {number(gone['mean'])} and {number(kept['mean'])}" for name, gone, kept, _ in points)
     return svg(key, left + wide + 90, top + high + 52, "Forgetting against utility; lower left is best", told, *found)
+
+
+def against_bytes(key: str, data: Mapping[str, Any]) -> Markup | None:
+    """Accuracy after the last event (up) against the bytes of all that remembers (across), where learners, keepers or budgets are
+    compared; the lives of a variant at several budgets are joined by a line."""
+    axes = [axis for axis in varied(data) if axis != _MEMORY]
+    if not {"learner", "keep", _MEMORY} & set(varied(data)):
+        return None
+    curves: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any], str]]] = {}
+    for row in data["lives"]:
+        weight, value = row["figures"]["bytes"], row["figures"]["average_accuracy"]
+        if weight is not None and value is not None:
+            name = ", ".join(row[axis] for axis in axes) or "as planned"
+            curves.setdefault(name, []).append((weight, value, row[_MEMORY]))
+    points = [point for curve in curves.values() for point in curve]
+    if len(points) < 2:
+        return None
+    wide, high, left, top = 520.0, 300.0, 66.0, 16.0
+    most_x = 1.15 * max(weight["mean"] for weight, _, _ in points) or 1.0
+    most_y = min(1.0, 1.15 * max(value["mean"] for _, value, _ in points)) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + wide * min(x / most_x, 1.0), top + high * (1 - min(y / most_y, 1.0))
+
+    found = [
+        el("line", x1=left, x2=left + wide, y1=top + high, y2=top + high, class_="rule"),
+        el("line", x1=left, x2=left, y1=top, y2=top + high, class_="rule"),
+    ]
+    taken: list[tuple[float, float, float, float]] = []
+    for i, (name, curve) in enumerate(curves.items()):
+        spots = [at(weight["mean"], value["mean"]) for weight, value, _ in curve]
+        if len(set(spots)) > 1:
+            found.append(el("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in spots), class_="front"))
+        for (weight, value, budget), (x, y) in zip(curve, spots, strict=True):
+            half = value["half"] or 0.0
+            low, up = at(weight["mean"], max(value["mean"] - half, 0.0)), at(weight["mean"], value["mean"] + half)
+            bars = [el("line", x1=x, x2=x, y1=low[1], y2=up[1], class_="bar")] if half else []
+            told = f"{name}{'' if budget == AS_PLANNED else f' with {budget}'}: {stat(value, percent)} at {size(weight['mean'])}"
+            found.append(el("g", el("title", told), *bars, marker(i, x, y)))
+        lx, ly, anchor = _free(*spots[-1], name, taken, left + wide + 80)
+        found.append(el("text", name, x=lx, y=ly, class_=f"label{anchor}"))
+    for share in (0.0, 0.5, 1.0):
+        x, y = at(share * most_x, share * most_y)
+        found += [
+            el("text", size(share * most_x), x=x, y=top + high + 18, class_="axis mid"),
+            el("text", percent(share * most_y), x=left - 8, y=y + 4, class_="axis end"),
+        ]
+    found += [
+        el("text", "bytes of all that remembers", x=left + wide / 2, y=top + high + 40, class_="axis mid"),
+        el("text", "average accuracy", x=-(top + high / 2), y=14, class_="axis mid", transform="rotate(-90)"),
+    ]
+    said = "; ".join(
+        f"{name} {percent(value['mean'])} at {size(weight['mean'])}"
+        for name, curve in curves.items()
+        for weight, value, _ in curve
+    )
+    return svg(key, left + wide + 90, top + high + 52, "Accuracy against memory; upper left is best", said, *found)
 
 
 def _free(

@@ -1,6 +1,6 @@
 """The grid of a comparison: a plan, what is varied in it, and the cells that come of it.
 
-A *variant* is a choice of learner, keepers, wheres and forgetter; a *cell* is a variant and a seed: one life. Its key is the hash of
+A *variant* is a choice of learner, keepers, wheres, memory and forgetter; a *cell* is a variant and a seed: one life. Its key is the hash of
 all that its result depends on, so that a cell that was lived once is not lived again.
 """
 
@@ -24,7 +24,8 @@ from remanence.life.yaml import parse
 from remanence.train.resolve import check_fits
 
 Spec = dict[str, dict[str, Any]]
-AXES = ("learner", "keep", "where", "forget")
+#: `memory` is set by `life.memory`, once the others are known.
+AXES = ("learner", "keep", "where", "memory", "forget")
 _VERBS = {"learner": "learn"}
 _REQUEST = ("ids", *COLUMNS)
 #: What stands for a choice of the plan itself.
@@ -153,17 +154,26 @@ def expand(
         names = {axis: AS_PLANNED if specs is None else said(specs) for axis, specs in picked.items()}
         for seed in seeds:
             text = canonical(_variant(plan, picked, seed, references))
-            checked = parse_plan(text, "a variant of the plan")
-            parts = _parts(checked)
-            about = [json.loads(canonical(checked.canonical())), code_sha256(parts), fingerprint, dict(versions)]
-            first = next((i for i, event in enumerate(checked.events) if event.kind == "forget"), None)
-            prefix = None
-            if first:
-                start = {**json.loads(text), "events": json.loads(text)["events"][:first]}
-                learned = [part for part in parts if part.verb != "forget"]
-                prefix = sha256(canonical([start, code_sha256(learned), fingerprint, dict(versions)]))
-            cells.append(Cell(names, seed, text, sha256(canonical(about)), prefix))
+            cells.append(cell_of(names, seed, text, fingerprint, versions))
     return cells
+
+
+def cell_of(names: dict[str, str], seed: int, text: str, fingerprint: str, versions: Mapping[str, Any]) -> Cell:
+    """The cell of a plan, with the keys of all that its life and its beginning depend on.
+
+    Raises:
+        PlanError: the plan cannot be run.
+    """
+    checked = parse_plan(text, "a variant of the plan")
+    parts = _parts(checked)
+    about = [json.loads(canonical(checked.canonical())), code_sha256(parts), fingerprint, dict(versions)]
+    first = next((i for i, event in enumerate(checked.events) if event.kind == "forget"), None)
+    prefix = None
+    if first:
+        start = {**json.loads(text), "events": json.loads(text)["events"][:first]}
+        learned = [part for part in parts if part.verb != "forget"]
+        prefix = sha256(canonical([start, code_sha256(learned), fingerprint, dict(versions)]))
+    return Cell(names, seed, text, sha256(canonical(about)), prefix)
 
 
 def groups(cells: Sequence[Cell]) -> list[Group]:

@@ -136,6 +136,38 @@ def intransigence(matrix: ArrayLike, joint: float, task: int, learned: Sequence[
     return float(joint - r[when[task], task]) if when[task] < len(r) else float("nan")
 
 
+def omega(matrix: ArrayLike, ideal: ArrayLike, learned: Sequence[int] | None = None) -> dict[str, float]:
+    """What is left of an offline learner's accuracy, as means over the rows t that learned a task, the first left out:
+
+    ``omega_base``: of ``R[t, base] / ideal``, base the task that was learned first; ``omega_new``: of the accuracy on the
+    task that row t learned; ``omega_all``: of ``AA_t / ideal``.
+
+    `ideal` is the accuracy of a network that learned everything at once: one figure, or one for each row (events,), of
+    the tasks up to there, and then an offline learner has 1 throughout. Higher is better; 1 can be exceeded. Every
+    task weighs the same; the source counts all test rows of the classes seen, which is the same for tests of one size.
+    Source: Kemker et al. 2018, arXiv 1708.02072; with an ideal for each row: Hayes et al. 2019, arXiv 1809.05922.
+
+    Raises:
+        BadInput: `ideal` is neither one figure nor one for each row.
+    """
+    r, when = _read(matrix, learned)
+    try:
+        best = np.broadcast_to(np.asarray(ideal, dtype=np.float64), (len(r),))
+    except ValueError:
+        raise BadInput(
+            f"ideal has shape {np.shape(ideal)}; give one accuracy, or one for each of {len(r)} rows"
+        ) from None
+    rows = np.unique(when[when < len(r)])[1:]
+    base, new = int(when.argmin()), when[:, None] == rows
+    news = np.array([_mean(r[t, new[:, i]]) for i, t in enumerate(rows)])
+    every = np.array([average_accuracy(r, int(t), when.tolist()) for t in rows])
+    return {
+        "omega_base": _mean(r[rows, base] / best[rows]),
+        "omega_new": _mean(news),
+        "omega_all": _mean(every / best[rows]),
+    }
+
+
 def global_forgetting(matrix: ArrayLike, sizes: ArrayLike, learned: Sequence[int] | None = None) -> float:
     """``F_G = 1/(N-1) sum_{i=2..N} sum_{n<i} |T_n| / |T_1..i| (R[n, n] - R[i, n])``, N tasks in the order in which
     they were learned.

@@ -1,8 +1,14 @@
-"""The small networks of examples and tests."""
+"""The small networks of examples and tests, and backbones of other libraries.
+
+Every model has the knob `weights`: a ``.safetensors`` file (see `save_weights`) to begin with instead of drawn values. Names and
+shapes must be the model's own, but for those of the head, which is drawn where the file has another number of rows. What a
+network in a file has seen is not in the books of a life.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,11 +21,12 @@ def mlp(
     norm: bool = False,
     dropout: float = 0.0,
     seed: int = 0,
+    weights: str | None = None,
 ) -> nn.Module:
     """A multi-layer perceptron: see `remanence.models.small.MLP`."""
     from remanence.models.small import MLP, seeded
 
-    return seeded(seed, lambda: MLP(inputs, hidden, outputs, norm, dropout))
+    return seeded(seed, lambda: MLP(inputs, hidden, outputs, norm, dropout), weights)
 
 
 def cnn(
@@ -27,11 +34,12 @@ def cnn(
     channels: list[int] | tuple[int, ...] = (16, 32),
     outputs: int = 0,
     seed: int = 0,
+    weights: str | None = None,
 ) -> nn.Module:
     """A small convolutional network: see `remanence.models.small.CNN`."""
     from remanence.models.small import CNN, seeded
 
-    return seeded(seed, lambda: CNN(inputs, channels, outputs))
+    return seeded(seed, lambda: CNN(inputs, channels, outputs), weights)
 
 
 def vit(
@@ -45,6 +53,7 @@ def vit(
     pool: str = "mean",
     dropout: float = 0.0,
     seed: int = 0,
+    weights: str | None = None,
 ) -> nn.Module:
     """A small vision transformer: see `remanence.models.vit.ViT`.
 
@@ -59,15 +68,21 @@ def vit(
         pool: what the head sees, the ``mean`` of the tokens or a class ``token``.
         dropout: after attention and feed-forward network.
         seed: of the weights.
+        weights: a file of weights to begin with.
     """
     from remanence.models.small import seeded
     from remanence.models.vit import ViT
 
-    return seeded(seed, lambda: ViT(inputs, patch, width, depth, heads, ratio, outputs, pool, dropout))
+    return seeded(seed, lambda: ViT(inputs, patch, width, depth, heads, ratio, outputs, pool, dropout), weights)
 
 
 def resnet18(
-    inputs: int | tuple[int, ...] = (3, 32, 32), width: int = 64, outputs: int = 0, stem: str = "small", seed: int = 0
+    inputs: int | tuple[int, ...] = (3, 32, 32),
+    width: int = 64,
+    outputs: int = 0,
+    stem: str = "small",
+    seed: int = 0,
+    weights: str | None = None,
 ) -> nn.Module:
     """ResNet-18: see `remanence.models.resnet.ResNet18`.
 
@@ -77,11 +92,12 @@ def resnet18(
         outputs: rows of the head; 0: it grows with the classes.
         stem: ``small`` for images such as CIFAR's (3x3, no pooling), ``large`` for 224 pixels (7x7 and pooling).
         seed: of the weights.
+        weights: a file of weights to begin with.
     """
     from remanence.models.resnet import ResNet18
     from remanence.models.small import seeded
 
-    return seeded(seed, lambda: ResNet18(inputs, width, outputs, stem))
+    return seeded(seed, lambda: ResNet18(inputs, width, outputs, stem), weights)
 
 
 def snn(
@@ -90,6 +106,7 @@ def snn(
     outputs: int = 0,
     steps: int = 6,
     seed: int = 0,
+    weights: str | None = None,
 ) -> nn.Module:
     """A spiking perceptron: see `remanence.models.snn.SNN`.
 
@@ -99,16 +116,93 @@ def snn(
         outputs: rows of the head; 0: it grows with the classes.
         steps: time steps for each input.
         seed: of the weights.
+        weights: a file of weights to begin with.
     """
     from remanence.models.small import seeded
     from remanence.models.snn import SNN
 
-    return seeded(seed, lambda: SNN(inputs, hidden, outputs, steps))
+    return seeded(seed, lambda: SNN(inputs, hidden, outputs, steps), weights)
 
 
-def identity(inputs: int | tuple[int, ...], outputs: int = 0, seed: int = 0) -> nn.Module:
+def identity(inputs: int | tuple[int, ...], outputs: int = 0, seed: int = 0, weights: str | None = None) -> nn.Module:
     """Raw inputs as features under a linear head: the backbone of prototype methods on raw pixels."""
-    return mlp(inputs, (), outputs, seed=seed)
+    return mlp(inputs, (), outputs, seed=seed, weights=weights)
+
+
+def transformers(
+    inputs: int | tuple[int, ...],
+    name: str,
+    pretrained: bool = True,
+    outputs: int = 0,
+    size: int = 0,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    revision: str = "main",
+    seed: int = 0,
+    weights: str | None = None,
+) -> nn.Module:
+    """An image network of the library transformers as a backbone: see `remanence.models.foreign.Foreign`. Needs
+    ``pip install remanence[llm]``.
+
+    What is under the head is what the network's own image classifier has under its own. Code of the hub is never run, and weights
+    are read from ``.safetensors`` files only. A life builds its network again whenever it is resumed: the folder, or the library's
+    own cache of the hub, must still be there.
+
+    Args:
+        inputs: (channels, height, width), or the length of rows that are square images of one channel.
+        name: a folder with ``config.json`` (and ``model.safetensors``), or a name on the Hugging Face hub.
+        pretrained: with its weights; else only its architecture, drawn by `seed`.
+        outputs: rows of the head; 0: it grows with the classes.
+        size: images are resized to that many pixels a side; 0: to what the configuration says, if it does.
+        mean, std: of each channel; None: what ``preprocessor_config.json`` says, if there is one, else 0 and 1.
+        revision: of the hub: a branch, a tag or a commit.
+        seed: of the head, and of the other weights where it is not `pretrained`.
+        weights: a file of weights to begin with.
+    """
+    from remanence.models.foreign import from_transformers
+    from remanence.models.small import seeded
+
+    return seeded(
+        seed, lambda: from_transformers(inputs, name, pretrained, outputs, size, mean, std, revision), weights
+    )
+
+
+def timm(
+    inputs: int | tuple[int, ...],
+    name: str,
+    pretrained: str | None = None,
+    outputs: int = 0,
+    size: int = 0,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    seed: int = 0,
+    weights: str | None = None,
+) -> nn.Module:
+    """A network of the library timm as a backbone: see `remanence.models.foreign.Foreign`. Needs ``pip install remanence[timm]``.
+    Nothing is fetched.
+
+    Args:
+        inputs: (channels, height, width), or the length of rows that are square images of one channel.
+        name: an architecture, such as ``vit_small_patch16_224``.
+        pretrained: a ``.safetensors`` file of its weights by timm's names, or a folder with ``model.safetensors``, as timm's pages on
+            the Hugging Face hub offer it; its classifier is left out. None: drawn by `seed`.
+        outputs: rows of the head; 0: it grows with the classes.
+        size: images are resized to that many pixels a side; 0: to what the architecture is fixed to, if it is.
+        mean, std: of each channel; None: what timm says of `pretrained` weights, else 0 and 1.
+        seed: of the head, and of the other weights where there are none.
+        weights: a file of weights to begin with.
+    """
+    from remanence.models.foreign import from_timm
+    from remanence.models.small import seeded
+
+    return seeded(seed, lambda: from_timm(inputs, name, pretrained, outputs, size, mean, std), weights)
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a network's weights to a file for the knob `weights`: see `remanence.models.weights.save_weights`."""
+    from remanence.models import weights
+
+    weights.save_weights(model, path)
 
 
 #: Models that a plan can name; the keyword arguments but `inputs` and `seed` are the knobs.
@@ -119,4 +213,6 @@ MODELS: dict[str, Callable[..., Any]] = {
     "resnet18": resnet18,
     "snn": snn,
     "identity": identity,
+    "transformers": transformers,
+    "timm": timm,
 }

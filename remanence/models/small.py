@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from remanence.core.errors import BadInput
+from remanence.models.weights import fill
 from remanence.nn.heads import empty_linear
 
 
@@ -51,8 +52,9 @@ class CNN(nn.Module):
         return self.head(self.body(x))  # type: ignore[no-any-return]
 
 
-def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module under `seed` without touching the global generator."""
+def seeded(seed: int, make: Callable[[], nn.Module], weights: str | None = None) -> nn.Module:
+    """Build a module under `seed` without touching the global generator; then fill it with the `weights` of a file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make()
+        made = make()
+    return made if weights is None else fill(made, weights)

@@ -36,6 +36,8 @@ class Method:
 
     #: The catalogue's verb for this role.
     verb: ClassVar[str] = ""
+    #: The knob that says how many examples are stored, if there is one; then the knobs that must be None for it to be the only limit.
+    stores: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_knobs(self)
