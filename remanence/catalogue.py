@@ -33,6 +33,9 @@ PARTS: tuple[Part, ...] = (
     Part("dkvb", "learn", "method", "vector-quantization", "remanence.learn.dkvb:DKVB", ("dkvb",), "Discrete Key-Value Bottleneck, 2023, arXiv 2207.11240", ("labels", "class-head", "frozen-backbone")),
     Part("protocl", "learn", "method", "bayesian", "remanence.learn.protocl:ProtoCL", ("protocl",), "On Sequential Bayesian Inference for Continual Learning, 2023, arXiv 2301.01828", ("labels", "class-head", "stores-examples")),
     Part("napa-vq", "learn", "method", "prototype", "remanence.learn.napa_vq:NAPAVQ", ("napa-vq",), "NAPA-VQ: Neighborhood Aware Prototype Augmentation with Vector Quantization for Continual Learning, ICCV 2023", ("labels", "borders", "class-head")),
+    Part("sharp", "learn", "method", "sparse-architecture", "remanence.learn.sharp:SHARP", ("sharp",), "SHARP: Sparsity and Hidden Activation RePlay for Neuro-Inspired Continual Learning, 2023, arXiv 2305.18563", ("labels", "borders", "class-head", "stores-examples")),
+    Part("lingocl", "learn", "method", "semantic-targets", "remanence.learn.lingocl:LingoCL", ("lingocl",), "Enhancing Visual Continual Learning with Language-Guided Supervision, 2024, arXiv 2403.16124", ("labels", "class-head")),
+    Part("mvp-siblurry", "learn", "method", "prompt", "remanence.learn.mvp_siblurry:MVP", ("mvp-siblurry",), "Online Class Incremental Learning on Stochastic Blurry Task Boundary via Mask and Visual Prompt Tuning, 2023, arXiv 2308.09303", ("labels", "class-head", "frozen-backbone")),
     # keep
     Part("replay", "keep", "method", "replay", "remanence.keep.replay:Replay", (), "On Tiny Episodic Memories in Continual Learning, 2019, arXiv 1902.10486", ("labels", "stores-examples")),
     Part("ewc", "keep", "method", "regularisation", "remanence.keep.ewc:EWC", ("rehearsal-free-l2",), "Overcoming catastrophic forgetting in neural networks, 2017, arXiv 1612.00796; Progress & Compress, 2018, arXiv 1805.06370", ("labels", "borders")),
@@ -90,8 +93,11 @@ PARTS: tuple[Part, ...] = (
     Part("stability-gap", "measure", "metric", "worst-case", "remanence.measure.metrics.stability_gap:StabilityGap", ("stability-gap",), "Continual evaluation for lifelong learning: Identifying the stability gap, 2023, arXiv 2205.13452", ("labels",)),
     Part("transfer", "measure", "metric", "utility", "remanence.measure.metrics.transfer:Transfer", (), "Gradient Episodic Memory, 2017, arXiv 1706.08840; Don't forget, there is more than forgetting, 2018, arXiv 1810.13166", ("labels",)),
     Part("probe-forgetting", "measure", "metric", "utility", "remanence.measure.metrics.probe_forgetting:ProbeForgetting", (), "Probing Representation Forgetting in Supervised and Unsupervised Continual Learning, 2022, arXiv 2203.13381", ("labels",)),
+    Part("flops", "measure", "metric", "cost", "remanence.measure.metrics.flops:Flops", ("nevis",), "NEVIS'22: A Stream of 100 Tasks Sampled from 30 Years of Computer Vision Research, 2023, arXiv 2211.11747", ()),
     Part("corrective-unlearning", "measure", "metric", "data-integrity", "remanence.measure.metrics.corrective_unlearning:CorrectiveUnlearning", ("corrective-unlearning",), "Corrective Machine Unlearning, 2024, arXiv 2402.14015", ("labels",)),
     Part("worst-case-forget", "measure", "benchmark", "adversarial", "remanence.measure.benchmarks.worst_case_forget:WorstCaseForget", ("worst-case-forget",), "Challenging Forgets: Unveiling the Worst-Case Forget Sets in Machine Unlearning, 2024, arXiv 2403.07362", ("labels",)),
+    Part("cfsl-instance", "measure", "benchmark", "few-shot", "remanence.measure.benchmarks.cfsl_instance:CFSL", ("cfsl-instance",), "Expanding continual few-shot learning benchmarks to include recognition of specific instances, 2022, arXiv 2209.07863", ("labels",)),
+    Part("nevis", "measure", "benchmark", "compute-aware", "remanence.measure.benchmarks.nevis:Nevis", ("nevis",), "NEVIS'22: A Stream of 100 Tasks Sampled from 30 Years of Computer Vision Research, 2023, arXiv 2211.11747", ("labels",)),
     Part("open-problems-unlearning", "measure", "benchmark", "robustness", "remanence.measure.benchmarks.open_problems_unlearning:OpenProblems", ("open-problems-unlearning",), "Open Problems in Machine Unlearning for AI Safety, 2025, arXiv 2501.04952", ("labels",)),
 )  # fmt: skip
 

@@ -135,7 +135,8 @@ def test_methods_as_json_is_the_catalogue() -> None:
     found = json.loads(call("methods", "--json").out)
     assert [(line["verb"], line["slug"]) for line in found] == [(part.verb, part.slug) for part in catalogue.every()]
     for line, part in zip(found, catalogue.every(), strict=True):
-        assert set(line) == {"slug", "verb", "kind", "family", "cards", "paper", "needs", "module", "fidelity"}
+        told = {"slug", "verb", "kind", "family", "cards", "paper", "needs", "module", "fidelity", "taxonomy"}
+        assert set(line) == told
         assert (line["needs"], line["module"], line["paper"]) == (list(part.needs), part.module, part.paper)
 
 

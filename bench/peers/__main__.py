@@ -23,6 +23,10 @@ WANTED = {
     "replay": (2.8, 1.7),
     "ewc": (4.0, 4.0),
     "ewc-online": (None, None),
+    "lwf": (2.0, 2.0),
+    "si": (2.0, 2.0),
+    "mas": (2.0, 2.0),
+    "agem": (2.0, 2.0),
     "naive+default": (None, None),
     "replay+default": (None, None),
     "ewc+default": (None, None),
@@ -76,7 +80,7 @@ def main() -> None:
                 rows.append(compare(method, on, mine, theirs, wanted[at], given.rounds))
             mine.close()
             theirs.close()
-    text = "How many times as long avalanche-lib 0.6.0 takes for the same: its strategy's `train` without metrics and loggers (and, in rows of their own, with those it comes with) against our whole learn events, borders (buffer, Fisher) included; same tensors, network, optimizer, batch size, memory and strength. EWC includes each side's own Fisher: ours is per example, theirs squares the gradients of batches."
+    text = "How many times as long avalanche-lib 0.6.0 takes for the same: its strategy's `train` without metrics and loggers (and, in rows of their own, with those it comes with) against our whole learn events, borders (buffer, Fisher) included; same tensors, network, optimizer, batch size, memory and strength. EWC includes each side's own Fisher: ours is per example, theirs squares the gradients of batches. MAS too: ours takes the absolute gradient of each example, theirs of each batch."
     save("peers", "Against avalanche-lib 0.6.0", text, rows, rounds=given.rounds, peer=about)
 
 
@@ -96,7 +100,14 @@ def compare(method: str, on: str, mine: Worker, theirs: Worker, wanted: float | 
     wall = quartiles([a.wall / b.wall for a, b in pairs])[1]
     note = f"{seconds(over)[1] * 1e3:.0f} ms against {seconds(under)[1] * 1e3:.0f} ms; wall clock {wall:.1f}"
     method, _, default = method.partition("+")
-    what = {"ewc": "EWC, a penalty per task (its default)", "ewc-online": "EWC, one penalty (its online mode)"}
+    what = {
+        "ewc": "EWC, a penalty per task (its default)",
+        "ewc-online": "EWC, one penalty (its online mode)",
+        "lwf": "LwF",
+        "si": "SI",
+        "mas": "MAS",
+        "agem": "A-GEM",
+    }
     target = f"at least {wanted}" if wanted else ""
     met = None if wanted is None else middle >= wanted
     return Row(

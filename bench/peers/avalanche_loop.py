@@ -21,6 +21,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,17 @@ warnings.filterwarnings("ignore")
 
 from avalanche.benchmarks import benchmark_from_datasets  # noqa: E402
 from avalanche.benchmarks.scenarios.supervised import with_classes_timeline  # noqa: E402
-from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute  # noqa: E402
-from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, ReplayPlugin  # noqa: E402
+from avalanche.benchmarks.utils import DataAttribute  # noqa: E402
+from avalanche.benchmarks.utils.classification_dataset import TaskAwareSupervisedClassificationDataset  # noqa: E402
+from avalanche.training.plugins import (  # noqa: E402
+    AGEMPlugin,
+    EvaluationPlugin,
+    EWCPlugin,
+    LwFPlugin,
+    MASPlugin,
+    ReplayPlugin,
+    SynapticIntelligencePlugin,
+)
 from avalanche.training.plugins.evaluation import default_evaluator  # noqa: E402
 from avalanche.training.storage_policy import ClassBalancedBuffer  # noqa: E402
 from avalanche.training.supervised import Naive  # noqa: E402
@@ -61,7 +71,7 @@ def experiences(path: str) -> tuple[Any, int]:
                 DataAttribute(y.tolist(), "targets", use_in_getitem=False),
                 DataAttribute([0] * len(y), "targets_task_labels", use_in_getitem=True),
             ]
-            made.append(AvalancheDataset([TensorDataset(x, y)], data_attributes=attributes))
+            made.append(TaskAwareSupervisedClassificationDataset([TensorDataset(x, y)], data_attributes=attributes))
     return with_classes_timeline(benchmark_from_datasets(train=made)).train_stream, x.shape[1]
 
 
@@ -70,11 +80,14 @@ def strategy(method: str, width: int) -> Naive:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     memory = ClassBalancedBuffer(MEMORY, adaptive_size=False, total_num_classes=10)
-    plugins: dict[str, list[Any]] = {
-        "naive": [],
-        "replay": [ReplayPlugin(MEMORY, storage_policy=memory)],
-        "ewc": [EWCPlugin(STRENGTH)],
-        "ewc-online": [EWCPlugin(STRENGTH, mode="online", decay_factor=1.0)],
+    plugins: dict[str, Callable[[], Any]] = {
+        "replay": lambda: ReplayPlugin(MEMORY, storage_policy=memory),
+        "ewc": lambda: EWCPlugin(STRENGTH),
+        "ewc-online": lambda: EWCPlugin(STRENGTH, mode="online", decay_factor=1.0),
+        "lwf": lambda: LwFPlugin(alpha=1.0, temperature=2.0),
+        "si": lambda: SynapticIntelligencePlugin(si_lambda=0.1, eps=0.1),
+        "mas": lambda: MASPlugin(lambda_reg=1.0, alpha=0.5),
+        "agem": lambda: AGEMPlugin(patterns_per_experience=MEMORY // 5, sample_size=BATCH),
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)
     return Naive(
@@ -83,7 +96,7 @@ def strategy(method: str, width: int) -> Naive:
         criterion=nn.CrossEntropyLoss(),
         train_mb_size=BATCH,
         train_epochs=1,
-        plugins=plugins[method],
+        plugins=[plugins[method]()] if method in plugins else [],
         evaluator=default_evaluator() if default else EvaluationPlugin(),  # else: no metrics, no loggers
     )
 

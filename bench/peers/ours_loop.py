@@ -9,9 +9,18 @@ import sys
 import torch
 
 from bench.common import streams, timed
-from bench.loop import EWC, REPLAY, ours
+from bench.loop import BATCH, EWC, REPLAY, ours
 
-KEEP = {"naive": (), "replay": REPLAY, "ewc": EWC, "ewc-online": EWC}
+KEEP = {
+    "naive": (),
+    "replay": REPLAY,
+    "ewc": EWC,
+    "ewc-online": EWC,
+    "lwf": {"lwf": {"strength": 1.0, "temperature": 2.0}},
+    "si": {"si": {"strength": 0.1, "damping": 0.1}},
+    "mas": {"mas": {"strength": 1.0}},
+    "agem": {"agem": {"capacity": 200, "batch_size": BATCH}},
+}
 
 
 def main() -> None:

@@ -1,17 +1,23 @@
 """Examples, tasks, streams and requests; loaders for users' own data."""
 
+from remanence.data.cifar import cifar10, cifar100
 from remanence.data.corrupted import corrupted, stamp
 from remanence.data.degraded import label_noise, long_tail
 from remanence.data.digits import digits, idx, read_idx, split_classes, split_digits, split_idx
 from remanence.data.examples import Examples, cat, cat_batches
+from remanence.data.few_shot import few_shot
 from remanence.data.folders import images
 from remanence.data.gather import dataset, huggingface
+from remanence.data.instances import instance_incremental
 from remanence.data.mapped import memmap
+from remanence.data.nevis import dated
+from remanence.data.omniglot import omniglot
 from remanence.data.recurring import power_law, recurring, si_blurry
 from remanence.data.request import Request
 from remanence.data.stream import Stream, Task
 from remanence.data.tables import csv, npz
 from remanence.data.transformed import blurry, permuted, rotated
+from remanence.data.vision import core50, core50_stream, imagenet_r, tiny_imagenet
 
 __all__ = [
     "Examples",
@@ -21,17 +27,26 @@ __all__ = [
     "blurry",
     "cat",
     "cat_batches",
+    "cifar10",
+    "cifar100",
+    "core50",
+    "core50_stream",
     "corrupted",
     "csv",
     "dataset",
+    "dated",
     "digits",
+    "few_shot",
     "huggingface",
     "idx",
+    "imagenet_r",
     "images",
+    "instance_incremental",
     "label_noise",
     "long_tail",
     "memmap",
     "npz",
+    "omniglot",
     "permuted",
     "power_law",
     "read_idx",
@@ -42,4 +57,5 @@ __all__ = [
     "split_digits",
     "split_idx",
     "stamp",
+    "tiny_imagenet",
 ]

@@ -67,8 +67,16 @@ def split_classes(
     for number, group in enumerate(groups):
         chosen = torch.tensor(group)
         parts = [part.select(torch.isin(part["y"], chosen).nonzero()[:, 0]) for part in (examples, test)]
-        made.append(Task(parts[0], parts[1], tuple(group), tuple(map(str, group)), number))
+        made.append(Task(parts[0], parts[1], tuple(group), words_of(examples, group), number))
     return Stream(tuple(made), "class", name=name)
+
+
+def words_of(examples: Examples, classes: Sequence[int]) -> tuple[str, ...]:
+    """A word for each class: what the column `name` says of its first row, else the label."""
+    words, y = examples.columns.get("name"), examples["y"]
+    if words is None or isinstance(words, torch.Tensor):
+        return tuple(map(str, classes))
+    return tuple(str(words[int((y == label).nonzero()[0, 0])]) for label in classes)
 
 
 def hold_out(examples: Examples, test: Examples | None, share: float, seed: int) -> tuple[Examples, Examples]:

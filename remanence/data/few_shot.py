@@ -40,9 +40,11 @@ def few_shot(
     same images. What is asked can be corrupted, see `disturbed`; a corrupted row is still a copy of its record and keeps the id.
 
     The column `label` is the label in `examples`, `set` the number of the set. Classes come from one generator, the rows of a class
-    from one of its own: of one seed, more sets or shots leave earlier groups their classes (where as
-    many have enough rows), and a class its rows.
-    The released generator numbers instances within a set, which repeats labels unless a set has one class; here the counter runs on.
+    from one of its own: of one seed, more sets or shots leave earlier groups their classes (where as many classes have enough rows),
+    and a class its rows.
+
+    Deviations from the released generator of instance tests: there, all classes of a set get the same `shots` labels, which is right
+    for one class in a set only, and only the first class of a set is corrupted; a row of a class test may come in two sets.
 
     Args:
         sets: how many support sets; a multiple of `interval`.

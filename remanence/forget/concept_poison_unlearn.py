@@ -150,6 +150,6 @@ class ConceptPoison(Forgetter):
 
 def _linear(model: nn.Module) -> nn.Linear:
     found = head(model)
-    if not isinstance(found, nn.Linear):
-        raise BadInput("concept-poison-unlearn reads a linear head; give the network one")
+    if not isinstance(found, nn.Linear) or not found.weight.requires_grad:
+        raise BadInput("concept-poison-unlearn trains a linear head; give the network one that is not fixed")
     return found

@@ -8,7 +8,7 @@ from remanence.core.ids import Ids
 from remanence.core.knobs import knob
 from remanence.data import Examples
 from remanence.nn.anchor import QuadraticAnchor
-from remanence.nn.fisher import absolute_gradient
+from remanence.nn.fisher import absolute_gradient, absolute_sensitivity
 from remanence.train.roles import Keeper
 from remanence.train.update import Update
 
@@ -54,7 +54,10 @@ class MAS(Keeper):
     def _consolidate(self, u: Update, examples: Examples) -> None:
         params = dict(u.model.named_parameters())
         seen = u.classes.seen if u.columns else None
-        found = absolute_gradient(u.model, u.problem, u.batches(examples, self.group), params, seen)
+        if self.group == 1:
+            found = absolute_sensitivity(u.model, u.problem, u.batches(examples), params, seen)
+        else:
+            found = absolute_gradient(u.model, u.problem, u.batches(examples, self.group), params, seen)
         self.events += 1
         share = 1 / self.events if self.merge == "mean" else 1.0
         decay = 1 - share if self.merge == "mean" else 1.0

@@ -13,7 +13,7 @@ from remanence.core.knobs import knob
 from remanence.core.problem import Batch, Out
 from remanence.nn.anchor import QuadraticAnchor
 from remanence.nn.buffer import Buffer
-from remanence.nn.fisher import absolute_gradient
+from remanence.nn.fisher import absolute_sensitivity
 from remanence.train.roles import Keeper
 from remanence.train.update import Update
 
@@ -100,8 +100,7 @@ class TaskFreeMAS(Keeper):
         """Anchor at the weights of now; Omega is the running mean over plateaus."""
         params = dict(u.model.named_parameters())
         columns = {name: column.to(u.device) for name, column in self.buffer.columns.items()}
-        each = ({name: column[row : row + 1] for name, column in columns.items()} for row in range(len(self.buffer)))
-        found = absolute_gradient(u.model, u.problem, each, params, u.classes.seen if u.columns else None)
+        found = absolute_sensitivity(u.model, u.problem, [columns], params, u.classes.seen if u.columns else None)
         self.plateaus += 1
         share = 1 / self.plateaus
         self.anchor.merge(params, {name: share * importance for name, importance in found.items()}, 1 - share)

@@ -16,6 +16,7 @@ from remanence.data import cat_batches
 from remanence.nn.anatomy import head
 from remanence.nn.contrast import CosineLinear, Projection, cosine_head, supervised_contrast, unit
 from remanence.nn.distances import kl_from_logits
+from remanence.nn.heads import head_inputs
 from remanence.train.roles import Learner, head_rows
 from remanence.train.update import Update
 
@@ -109,13 +110,6 @@ def relations(found: Tensor, wanted: Tensor, tau: float, axis: str) -> Tensor:
     if axis == "samples":
         return kl_from_logits(found.T, wanted.T, tau).sum()
     return kl_from_logits(found, wanted, tau).mean()
-
-
-def head_inputs(model: nn.Module) -> int:
-    layer = head(model)
-    if not isinstance(layer, nn.Linear):
-        raise BadInput(f"the head is a {type(layer).__name__}; give the model a linear head")
-    return layer.in_features
 
 
 def _projection(model: nn.Module) -> nn.Module | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,8 @@ class SHARP(Learner):
     scripts store activations behind a pretrained and frozen E only, and inputs where nothing is pretrained: layers whose parameters
     need no gradient when SHARP begins stay whole and as they are.
     """
+
+    stores: ClassVar[tuple[str, ...]] = ("per_class",)
 
     early: int = knob(1, "hidden layers before the stored activations; 0: inputs are stored", low=0)
     window: int = knob(1, "events whose classes are replayed", low=1)

@@ -376,6 +376,7 @@ def _lives(variants: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]) 
             {
                 **dict(zip(AXES, names, strict=True)),
                 "figures": {name: _stat(values.values()) for name, values in figures.items()},
+                "measures": _measures(reports.values()),
                 "difference": _stat([accuracy[seed] - first[seed] for seed in shared]) if first is not None else None,
             }
         )
@@ -402,6 +403,16 @@ def _against(report: Mapping[str, Any], joint: Mapping[str, Any]) -> dict[str, f
     lost = [figures_of.intransigence(mine, best[row, task], task) for task, row in enumerate(when) if row < len(best)]
     found = {"omega_all": figures_of.omega(mine, ideal)["omega_all"], "intransigence": sum(lost) / max(len(lost), 1)}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def _measures(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the plan's metrics said after the last learn event."""
+    found: dict[str, list[float | None]] = {}
+    for report in reports:
+        last = [event for event in report["events"] if event.get("kind", "learn") == "learn"][-1:]
+        for name, value in last[0].get("measures", {}).items() if last else ():
+            found.setdefault(name, []).append(value)
+    return {name: _stat(values) for name, values in found.items()}
 
 
 def _figure(report: Mapping[str, Any], name: str) -> float | None:

@@ -5,6 +5,7 @@
 * :func:`batch_fisher`: the mean over BATCHES of the squared gradient of the batch's mean loss (the shortcut of the
   released SSD code); depends on the batch size.
 * :func:`absolute_gradient`: label-free, the mean over batches of ``| d mean_i ||f(x_i)||^2 / d theta |`` (LFSSD).
+* :func:`absolute_sensitivity`: the same for each EXAMPLE by itself (MAS); does not depend on the batch size.
 
 All run the model in eval mode and put every train/eval flag back; they draw no random number and write no buffer or
 ``.grad``.
@@ -30,6 +31,8 @@ from remanence.nn.anatomy import evaluating
 CHUNK_BYTES = 128 * 2**20
 
 Batch = Mapping[str, Any]
+#: From logits (B, C) the directions in output space that are pulled back into the weights, one after the other.
+Factors = Callable[[Tensor], Iterable[Tensor]]
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -63,38 +66,15 @@ def diagonal_fisher(
         raise BadInput(f"kind must be 'empirical' or 'exact', got {kind!r}")
     if weight_by not in ("example", "weight"):
         raise BadInput(f"weight_by must be 'example' or 'weight', got {weight_by!r}")
-    if engine not in ("auto", "hooks", "vmap"):
-        raise BadInput(f"engine must be 'auto', 'hooks' or 'vmap', got {engine!r}")
-    total, mass, checked = _zeros(params), 0.0, False
-    owners = None if engine == "vmap" else _owners(model, params)
-    if engine == "hooks" and owners is None:
-        raise BadInput("the parameters are not all owned by one Linear, Conv2d or norm layer each; use engine='vmap'")
-    with evaluating(model), _requiring(params):
-        for batch in batches:
-            rows = _rows(batch)
-            if not rows:
-                continue
-            weight = batch["weight"].detach() if weight_by == "weight" else None
-            if owners is not None and not checked:
-                first = {
-                    k: v[:1] if isinstance(v, Tensor) and v.dim() and v.shape[0] == rows else v
-                    for k, v in batch.items()
-                }
-                sound = _hooks_agree(model, problem, first, params, owners)
-                if engine == "hooks" and not sound:
-                    raise BadInput(
-                        "the layers are not called once each on (B, ...) inputs, or their weights are used elsewhere "
-                        "too; use engine='vmap'"
-                    )
-                owners, checked = (owners if sound else None), True
-            factors = partial(_factors, problem, batch, kind, classes, weight)
-            found = None if owners is None else _by_hooks(model, problem, batch, rows, params, owners, factors)
-            if found is None:
-                found = _by_vmap(model, problem, batch, rows, params, factors)
-            for name, value in found.items():
-                total[name] += value
-            mass += rows if weight is None else float(weight.sum())
-    return _mean(total, params, mass)
+
+    def factors(batch: Batch) -> Factors:
+        weight = batch["weight"].detach() if weight_by == "weight" else None
+        return partial(_factors, problem, batch, kind, classes, weight)
+
+    def mass(batch: Batch, rows: int) -> float:
+        return rows if weight_by == "example" else float(batch["weight"].sum())
+
+    return _per_example(model, problem, batches, params, engine, factors, torch.square, mass)
 
 
 def batch_fisher(
@@ -147,6 +127,82 @@ def absolute_gradient(
                 if gradient is not None:
                     total[name] += gradient.abs()
             count += 1
+    return _mean(total, params, count)
+
+
+def absolute_sensitivity(
+    model: nn.Module,
+    problem: Problem,
+    batches: Iterable[Batch],
+    params: Mapping[str, Tensor],
+    classes: Tensor | None = None,
+    engine: str = "auto",
+) -> dict[str, Tensor]:
+    """``1/n sum_i | d ||f(x_i)||_2^2 / d theta_j |`` over the n EXAMPLES of all batches, however they are cut: what
+    :func:`absolute_gradient` is on batches of one.
+
+    params, classes, engine: as in :func:`diagonal_fisher`. Reads no label. Returns {name: tensor of the parameter's
+    shape}. Raises BadInput when there is no example.
+    """
+
+    def factors(batch: Batch) -> Factors:
+        def of(logits: Tensor) -> Iterator[Tensor]:
+            logits = logits.detach()
+            v = torch.zeros_like(logits)
+            columns = slice(None) if classes is None else classes
+            v[:, columns] = 2 * logits[:, columns]
+            yield v
+
+        return of
+
+    return _per_example(model, problem, batches, params, engine, factors, torch.abs, lambda batch, rows: rows)
+
+
+def _per_example(
+    model: nn.Module,
+    problem: Problem,
+    batches: Iterable[Batch],
+    params: Mapping[str, Tensor],
+    engine: str,
+    factors: Callable[[Batch], Factors],
+    raised: Callable[[Tensor], Tensor],
+    mass: Callable[[Batch, int], float],
+) -> dict[str, Tensor]:
+    """``sum_i sum_v raised(J_i' v_i) / mass``: raised is the square or the absolute value, both of which turn the product
+    of two factors into the product of what they become."""
+    if engine not in ("auto", "hooks", "vmap"):
+        raise BadInput(f"engine must be 'auto', 'hooks' or 'vmap', got {engine!r}")
+    total, count, checked = _zeros(params), 0.0, False
+    owners = None if engine == "vmap" else _owners(model, params)
+    if engine == "hooks" and owners is None:
+        raise BadInput("the parameters are not all owned by one Linear, Conv2d or norm layer each; use engine='vmap'")
+    with evaluating(model), _requiring(params):
+        for batch in batches:
+            rows = _rows(batch)
+            if not rows:
+                continue
+            if owners is not None and not checked:
+                first = {
+                    k: v[:1] if isinstance(v, Tensor) and v.dim() and v.shape[0] == rows else v
+                    for k, v in batch.items()
+                }
+                sound = _hooks_agree(model, problem, first, params, owners)
+                if engine == "hooks" and not sound:
+                    raise BadInput(
+                        "the layers are not called once each on (B, ...) inputs, or their weights are used elsewhere "
+                        "too; use engine='vmap'"
+                    )
+                owners, checked = (owners if sound else None), True
+            found = (
+                None
+                if owners is None
+                else _by_hooks(model, problem, batch, rows, params, owners, factors(batch), raised)
+            )
+            if found is None:
+                found = _by_vmap(model, problem, batch, rows, params, factors(batch), raised)
+            for name, value in found.items():
+                total[name] += value
+            count += mass(batch, rows)
     return _mean(total, params, count)
 
 
@@ -221,7 +277,8 @@ def _by_vmap(
     batch: Batch,
     rows: int,
     params: Mapping[str, Tensor],
-    factors: Callable[[Tensor], Iterable[Tensor]],
+    factors: Factors,
+    raised: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     call = _Logits(model, problem)
     columns = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and v.shape[0] == rows}
@@ -243,7 +300,7 @@ def _by_vmap(
             cut = slice(start, start + chunk)
             found = per_example(values, {k: t[cut] for k, t in columns.items()}, v[cut])
             for name in params:
-                total[name] += found[f"model.{name}"].square().sum(dim=0)
+                total[name] += raised(found[f"model.{name}"]).sum(dim=0)
     return total
 
 
@@ -286,9 +343,10 @@ def _by_hooks(
     rows: int,
     params: Mapping[str, Tensor],
     owners: Sequence[_Owner],
-    factors: Callable[[Tensor], Iterable[Tensor]],
+    factors: Factors,
+    raised: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor] | None:
-    """The batch's sum of squared per-example gradients from each layer's input and output gradient; None where a layer
+    """The batch's sum of per-example gradients, squared or absolute, from each layer's input and output gradient; None where a layer
     is not called once on (B, ...)."""
     inputs: dict[nn.Module, Tensor] = {}
     probes: dict[nn.Module, Tensor] = {}
@@ -333,33 +391,31 @@ def _by_hooks(
                 if g is None:
                     continue
                 if weight_name is not None:
-                    add(weight_name, _weight_squares(module, inputs[module], g))
+                    add(weight_name, _weight_sums(module, inputs[module], g, raised))
                 if bias_name is not None:
-                    add(bias_name, _per_channel(module, g).square().sum(dim=0))
+                    add(bias_name, raised(_per_channel(module, g)).sum(dim=0))
     return total
 
 
-def _weight_squares(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    """``sum_i (d / d weight of example i)^2`` from the layer's input x (B, ...) and its output's gradient g (B,
+def _weight_sums(module: nn.Module, x: Tensor, g: Tensor, raised: Callable[[Tensor], Tensor]) -> Tensor:
+    """``sum_i raised(d / d weight of example i)`` from the layer's input x (B, ...) and its output's gradient g (B,
     ...)."""
     if isinstance(module, nn.Linear):
         if x.dim() == 2:
-            return (
-                g.square().T @ x.square()
-            )  # one product g_i x_i per example: the square of a product is the product of squares
+            return raised(g).T @ raised(x)  # one product g_i x_i per example
         x, g = x.flatten(1, -2).transpose(1, 2), g.flatten(1, -2).transpose(1, 2)  # (B, F, T), (B, O, T)
         groups = 1
     elif isinstance(module, nn.Conv2d):
         x, g, groups = unfold(module, x), g.flatten(2), module.groups  # (B, C k k, L), (B, O, L)
     else:
-        return _per_channel(module, g * _normalised(module, x)).square().sum(dim=0)
+        return raised(_per_channel(module, g * _normalised(module, x))).sum(dim=0)
     x = x.reshape(x.shape[0], groups, -1, x.shape[-1])
     g = g.reshape(g.shape[0], groups, -1, g.shape[-1])
     size = groups * g.shape[2] * x.shape[2]
     chunk = max(1, CHUNK_BYTES // (size * x.element_size()))
     total = x.new_zeros(groups, g.shape[2], x.shape[2])
     for start in range(0, x.shape[0], chunk):
-        total += (g[start : start + chunk] @ x[start : start + chunk].transpose(-1, -2)).square().sum(dim=0)
+        total += raised(g[start : start + chunk] @ x[start : start + chunk].transpose(-1, -2)).sum(dim=0)
     return total
 
 
@@ -407,7 +463,7 @@ def _hooks_agree(
         logits = problem.forward(model, dict(batch)).logits
     v = torch.linspace(1.0, 2.0, logits.numel(), dtype=logits.dtype, device=logits.device).reshape(logits.shape)
     truth = torch.autograd.grad(logits, list(params.values()), v, allow_unused=True)
-    found = _by_hooks(model, problem, batch, 1, params, owners, lambda _: (v,))
+    found = _by_hooks(model, problem, batch, 1, params, owners, lambda _: (v,), torch.square)
     if found is None:
         return False
     for name, gradient in zip(params, truth, strict=True):

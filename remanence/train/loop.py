@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -112,8 +113,10 @@ def loop(
                     u._outs.clear()
                     for metric in u.metrics:
                         if not u._pending and u.step % metric.every == 0:
+                            began = time.perf_counter()
                             with u.aside():
                                 metric.value(u)
+                            u._shared["measuring"] += time.perf_counter() - began
                     u.watch()
                     if u.checkpoint is not None:
                         u.checkpoint(u, source, index, count)

@@ -218,7 +218,7 @@ class Update(Context):
         )
         self.classes = Classes(*columns)
         self.consumed, self.extra_bytes, self.steps_done, self.phase = Consumed(), 0, 0, ""
-        self._shared: dict[str, Any] = {"reference": None, "initial": None, "phases": 0}
+        self._shared: dict[str, Any] = {"reference": None, "initial": None, "phases": 0, "measuring": 0.0}
         #: Epochs in which the order of the data visits every example once; a part that changes the order sets it in `begin`.
         self.sweep = 1
         self._exit = ExitStack()
@@ -474,6 +474,11 @@ class Update(Context):
             if any("momentum_buffer" in state for state in optimizer.state.values()):
                 for p in params:  # fused SGD takes momentum of all its parameters or of none
                     optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+
+    @property
+    def measuring(self) -> float:
+        """Seconds that metrics took inside the loop so far."""
+        return float(self._shared["measuring"])
 
     @property
     def peak_bytes(self) -> int:

@@ -18,7 +18,7 @@ from remanence.core.ids import Ids
 from remanence.core.knobs import knob
 from remanence.data import Examples
 from remanence.keep.ewc import EWC
-from remanence.models import mlp
+from remanence.models import mlp, vit
 from remanence.nn.buffer import Buffer
 from remanence.testing import EVERY, RULES, ContractError, check
 from remanence.train.roles import Benchmark, Forgetter, Keeper, Learner, Metric, Outcome, Where
@@ -49,6 +49,14 @@ ROWS: tuple[tuple[str, str, dict[str, Any] | None, dict[str, Any] | None], ...] 
     ("learn", "protocl", {"memory": 60}, None),
     ("learn", "napa-vq", None, None),
     ("learn", "s3t", {"slices": 1, "rank": 4}, None),
+    ("learn", "sharp", {"early": 0, "phase_epochs": 1}, None),
+    ("learn", "lingocl", None, None),
+    (
+        "learn",
+        "mvp-siblurry",
+        {"size": 3, "shared_blocks": [0], "shared_length": 1, "own_blocks": [1], "own_length": 2},
+        None,
+    ),
     ("keep", "replay", None, {"batch_size": 0}),
     ("keep", "replay", {"policy": "reservoir", "capacity": 30}, {"capacity": 0}),
     ("keep", "ewc", None, None),
@@ -113,10 +121,18 @@ ROWS: tuple[tuple[str, str, dict[str, Any] | None, dict[str, Any] | None], ...] 
     ("measure", "stability-gap", {"every": 2}, None),
     ("measure", "transfer", None, None),
     ("measure", "probe-forgetting", None, None),
+    ("measure", "flops", None, None),
     ("measure", "corrective-unlearning", {"size": 2}, None),
     ("measure", "worst-case-forget", None, None),
     ("measure", "open-problems-unlearning", None, None),
+    ("measure", "cfsl-instance", None, None),
+    ("measure", "nevis", None, None),
 )
+#: Networks for parts that the usual one does not suit.
+MODELS: dict[tuple[str, str], dict[str, Any]] = {
+    ("forget", "s3t"): {"model": lambda: mlp(64, [16] * 4)},  # a layer for every slice
+    ("learn", "mvp-siblurry"): {"model": lambda: vit(64, patch=4, width=16, depth=2, heads=2, ratio=2, pool="token")},
+}
 
 
 def test_every_part_has_a_row():
@@ -126,8 +142,7 @@ def test_every_part_has_a_row():
 
 @pytest.mark.parametrize(("verb", "slug", "knobs", "inert"), ROWS, ids=[f"{verb}/{slug}" for verb, slug, *_ in ROWS])
 def test_contract(verb, slug, knobs, inert):
-    deep = {"model": lambda: mlp(64, [16] * 4)} if (verb, slug) == ("forget", "s3t") else {}  # a layer for every slice
-    ran = check(f"{verb}/{slug}", knobs, inert=inert, **deep)
+    ran = check(f"{verb}/{slug}", knobs, inert=inert, **MODELS.get((verb, slug), {}))
     role = next(r for r in RULES if issubclass(catalogue.find(verb, slug).load(), r))
     expected = [rule.__name__.removeprefix("_") for rule in (*EVERY, *RULES[role])]
     with_strength = inert is not None or slug in (

@@ -216,7 +216,8 @@ def test_plans_name_streams_over_sources(tmp_path: Path) -> None:
         found = planned(f"split-classes: {{source: {{{source}}}}}")
         assert found.fingerprint() == split_classes(d).fingerprint(), source
     assert set(STREAMS) == {"split-digits", "split-idx", "split-classes", "blurry", "permuted", "rotated", "corrupted",
-                            "si-blurry", "recurring", "power-law", "long-tail", "label-noise"}  # fmt: skip
+                            "si-blurry", "recurring", "power-law", "long-tail", "label-noise", "core50", "nevis", "few-shot",
+                            "instance-incremental"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -252,4 +253,5 @@ def test_a_plan_that_names_no_stream_is_refused_before_it_runs(stream: str, mess
 def test_wrong_sources(source: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         examples_of(source)
-    assert set(SOURCES) == {"digits", "idx", "csv", "npz", "images", "memmap"}
+    assert set(SOURCES) == {"digits", "idx", "csv", "npz", "images", "memmap", "cifar10", "cifar100", "tiny-imagenet",
+                            "imagenet-r", "core50", "omniglot"}  # fmt: skip

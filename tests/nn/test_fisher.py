@@ -11,7 +11,7 @@ from torch import nn
 
 from remanence.core.errors import BadInput
 from remanence.core.problem import Classification, Regression
-from remanence.nn.fisher import absolute_gradient, batch_fisher, diagonal_fisher
+from remanence.nn.fisher import absolute_gradient, absolute_sensitivity, batch_fisher, diagonal_fisher
 
 torch.set_num_threads(1)
 
@@ -279,6 +279,17 @@ def test_absolute_gradient_closed_form():
     assert torch.allclose(found["weight"], truth, rtol=1e-12)
 
 
+@pytest.mark.parametrize("engine", ["hooks", "vmap"])
+@pytest.mark.parametrize("name", MODELS)
+def test_absolute_sensitivity_is_that_of_batches_of_one(name, engine):
+    build, shape = MODELS[name]
+    model, data = seeded(build), batch(shape=shape)
+    params, seen = dict(model.named_parameters()), torch.tensor([0, 2])
+    truth = absolute_gradient(model, Classification(), split(data, 1), params, seen)
+    for cut in (7, len(data["y"])):
+        close(absolute_sensitivity(model, Classification(), split(data, cut), params, seen, engine), truth)
+
+
 def test_wrong_input():
     model, data = seeded(mlp), batch()
     params = dict(model.named_parameters())
@@ -289,6 +300,8 @@ def test_wrong_input():
         lambda: diagonal_fisher(model, Classification(), [data], params, weight_by="batch"),
         lambda: batch_fisher(model, Classification(), [], params),
         lambda: absolute_gradient(model, Classification(), [], params),
+        lambda: absolute_sensitivity(model, Classification(), [], params),
+        lambda: absolute_sensitivity(model, Classification(), [data], params, engine="jit"),
     ):
         with pytest.raises(BadInput):
             call()

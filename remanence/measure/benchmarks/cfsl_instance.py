@@ -73,8 +73,9 @@ class CFSL(Benchmark):
     episodes, such as `remanence.data.omniglot`. Reference: Kowadlo et al. 2022, "Expanding continual few-shot learning benchmarks to
     include recognition of specific instances", arXiv 2209.07863; episodes of Antoniou et al. 2020, arXiv 2004.11967. Deviations:
     nothing is learned before an episode unless `answer` brings it (the paper meta-trains or pretrains on other classes);
-    instance labels are a running counter, in the released generator they are counted within a set; the shapes and the share of an
-    occluder are counted in pixels, and what lies under it becomes 0.
+    what `few_shot` says of labels; an occluder is told by its share of the pixels, in the released code by its radius r as a share of
+    the height (half the side of a box), which is a level of pi r^2 for a circle and of 4 r^2 for a box; noise takes all channels of a
+    pixel, there single values.
     """
 
     sets: int = knob(5, "support sets of an episode, a multiple of interval", low=1)
