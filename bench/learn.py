@@ -30,7 +30,7 @@ OMNIGLOT = MNIST.parent / "omniglot" / "images_background_small1.zip"
 FASHION = MNIST.parent / "fashion900" / "fashion900.npz"
 IDX = {"images": str(MNIST / "t10k-images-idx3-ubyte.gz"), "labels": str(MNIST / "t10k-labels-idx1-ubyte.gz")}
 VIT: dict[str, Any] = {"patch": 7, "width": 64, "depth": 5, "heads": 4, "ratio": 2, "pool": "token"}
-LEARNERS = "joint, nmc, protocl, fetril, prd, uer, hpcr, onpro, napa-vq, sharp, lingocl, sisa"
+LEARNERS = "joint, nmc, protocl, fetril, prd, uer, hpcr, onpro, napa-vq, {sharp: {phase_epochs: 1}}, lingocl, sisa"
 KEEPERS = (
     "{replay: {per_class: 20}}, {der: {capacity: 200}}, {gss: {capacity: 200}}, {fpf: {capacity: 200}}, power-law-rehearsal, "
     "{agem: {capacity: 200}}, {ewc: {strength: 100}}, l2, si, mas, task-free-mas, lwf, feature-distill, gpm, cuber, hlop, "
@@ -79,12 +79,12 @@ def setups() -> dict[str, Setup]:
         "blurry-digits": Setup(
             {
                 "stream": {"blurry": {"source": "digits", "tasks": 5, "share": 0.2}},
-                "model": {"mlp": {"hidden": [128]}},
+                "model": {"mlp": {"hidden": [128, 128]}},
                 "train": {**adam, "batch_size": 16, "epochs": 3},
             },
             5, LEARNERS, KEEPERS,
             "Blurry digits: 1,347 images, five tasks, a fifth of each task's rows from the classes of others, learners are not told of "
-            "borders; MLP 64-128, three epochs.",
+            "borders; MLP 64-128-128, three epochs.",
         ),
         "permuted-mnist": Setup(
             {
