@@ -117,7 +117,7 @@ def setups() -> dict[str, Setup]:
                 "model": {"cnn": {"channels": [16, 32], "weights": "cnn"}},
                 "train": {**adam, "epochs": 1},
             },
-            5, "joint, nmc, acu, dkvb, {s3t: {slices: 2}}, fetril, protocl, napa-vq, lingocl", "{replay: {per_class: 20}}, l2, lwf",
+            5, "joint, nmc, acu, {dkvb: {codebooks: 64, pairs: 512}}, {s3t: {slices: 2}}, fetril, protocl, napa-vq, lingocl", "{replay: {per_class: 20}}, l2, lwf",
             "Split MNIST from a convolutional network that was taught Omniglot's 136 characters; one epoch.",
             (MNIST, OMNIGLOT),
         ),
