@@ -38,7 +38,10 @@ KEEPERS = (
     "[{replay: {per_class: 20}}, lwf]"
 )
 #: Those that are meant for one head under changing inputs, and what they are held beside.
-DOMAIN = "{replay: {per_class: 20}}, {der: {capacity: 200}}, {agem: {capacity: 200}}, {ewc: {strength: 100}}, l2, si, mas, gpm, cuber, hlop"
+DOMAIN = (
+    "{replay: {per_class: 20}}, {der: {capacity: 200}}, {agem: {capacity: 200}}, {ewc: {strength: 1}}, {ewc: {strength: 10}}, l2, si, "
+    "{si: {strength: 1}}, {mas: {strength: 0.01}}, {mas: {strength: 0.1}}, gpm, cuber, hlop"
+)
 #: Those whose memory is meant to grow with the classes only, or not at all.
 MANY = "{replay: {per_class: 5}}, {der: {capacity: 500}}, {gss: {capacity: 500}}, {ewc: {strength: 100}}, lwf"
 FLAT = ("finetune", "replay", "der", "agem", "ewc", "si", "mas", "gpm", "hlop")
@@ -117,7 +120,7 @@ def setups() -> dict[str, Setup]:
                 "model": {"cnn": {"channels": [16, 32], "weights": "cnn"}},
                 "train": {**adam, "epochs": 1},
             },
-            5, "joint, nmc, acu, {dkvb: {codebooks: 64, pairs: 512}}, {s3t: {slices: 2}}, fetril, protocl, napa-vq, lingocl", "{replay: {per_class: 20}}, l2, lwf",
+            5, "joint, nmc, acu, {dkvb: {codebooks: 64, pairs: 512}}, fetril, protocl, napa-vq, lingocl", "{replay: {per_class: 20}}, l2, lwf",
             "Split MNIST from a convolutional network that was taught Omniglot's 136 characters; one epoch.",
             (MNIST, OMNIGLOT),
         ),
@@ -206,7 +209,7 @@ def flat(seeds: int, jobs: int) -> list[Row]:
         "threads": 1,
         "stream": {"permuted": {"source": "digits", "tasks": 100}},
         "model": {"mlp": {"hidden": [128]}},
-        "train": {"epochs": 1, "batch_size": 32, "optimizer": "sgd", "lr": 0.1},
+        "train": {"epochs": 2, "batch_size": 32, "optimizer": "adamw", "lr": 0.001},
         "events": [{"learn": number} for number in range(100)],
         "measure": ["bytes"],
     }
@@ -218,6 +221,8 @@ def flat(seeds: int, jobs: int) -> list[Row]:
         compare(path, learn="finetune", keep=", ".join(["none", *FLAT[1:]]), seeds=seeds, jobs=jobs, folder=home)
     for cell in sorted(home.glob("cells/*/cell.json")):
         told = json.loads(cell.read_text())
+        if told["error"] is not None:
+            raise SystemExit(f"{told['names']}: {told['error']}")
         events = told["report"]["events"]
         for what, of, unit in (("seconds", lambda e: e["seconds"], "time"), ("bytes", lambda e: e["measures"]["bytes"], "memory")):  # fmt: skip
             early, late = (median(of(e) for e in part) for part in (events[10:20], events[90:]))

@@ -14,7 +14,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import contextlib
 import gc
 import io
 import json
@@ -105,15 +104,16 @@ def main() -> None:
     warnings.showwarning = lambda *_, **__: None  # some switch themselves on again
     torch.set_num_threads(1)
     stream, width = experiences(sys.argv[1])
-    print(json.dumps({"torch": torch.__version__}), flush=True)
+    answers, sys.stdout = sys.stdout, io.StringIO()  # loggers keep the stream that they find when they are made
+    print(json.dumps({"torch": torch.__version__}), file=answers, flush=True)
     for line in sys.stdin:
         made = strategy(line.strip(), width)
         gc.collect()
         wall, cpu = time.perf_counter(), time.process_time()
-        with contextlib.redirect_stdout(io.StringIO()):
-            for experience in stream:
-                made.train(experience, num_workers=0)
-        print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}), flush=True)
+        for experience in stream:
+            made.train(experience, num_workers=0)
+        took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        print(json.dumps(took), file=answers, flush=True)
 
 
 if __name__ == "__main__":
