@@ -39,7 +39,7 @@ TEXT = (
     "Lives of five tasks with replay; then whole classes or single examples are asked for, or ten times in a row single examples. Every "
     "figure is a distance to models retrained without the request (mean over seeds ± half of the 95 % interval), with what it says "
     "beside *do nothing* and *retrain, another seed*: see docs/compare.md. Methods have their published or default settings; a few stand "
-    "a second time with settings for small networks. Cost is a share of one retraining, which takes half a second on digits and half a minute on MNIST, where other work ran beside and the cost tells the order of size only. Memory is the "
+    "a second time with settings for small networks. Cost is a share of one retraining, which takes half a second on digits and half a minute on MNIST. Memory is the "
     "most that the run held: network, copies, gradients, optimizer. Of ten requests each is asked of a network that the same method has "
     "changed before; the first, the fifth, the tenth and all together are shown."
 )

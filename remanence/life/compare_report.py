@@ -174,7 +174,7 @@ def render(data: Mapping[str, Any]) -> RenderableType:
         parts += [Text(title(request), style="bold"), _compact(request)]
     if data["requests"]:
         parts += [Text(note(data), style="dim"), Text(LEGEND, style="dim")]
-    parts += [Text(f"failed: {_failed(entry)}", style="bold red") for entry in data["failed"]]
+    parts += [Text(line, style="bold red") for line in _failed(data)]
     return Group(*parts)
 
 
@@ -195,9 +195,21 @@ def _compact(request: Mapping[str, Any]) -> Table:
     return _table(["method", *heading, "cost"], rows, 1)
 
 
-def _failed(entry: Mapping[str, Any]) -> str:
-    names = ", ".join(f"{axis} {entry[axis]}" for axis in AXES if entry[axis] != AS_PLANNED)
-    return f"{names}, seed {entry['seed']}: {entry['error']}"
+def _failed(data: Mapping[str, Any]) -> list[str]:
+    """A line for each variant and reason, with the seeds; what only does not go together is no failure."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for entry in data["failed"]:
+        names = ", ".join(f"{axis} {entry[axis]}" for axis in AXES if entry[axis] != AS_PLANNED)
+        seeds.setdefault((names, entry["error"]), []).append(str(entry["seed"]))
+    return [
+        f"{'not lived' if refused(error) else 'failed'}: {names}, seed {', '.join(numbers)}: {error}"
+        for (names, error), numbers in seeds.items()
+    ]
+
+
+def refused(error: str) -> bool:
+    """Whether a life was refused because its parts, network and data do not go together."""
+    return error.startswith("BadInput")
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Table:
@@ -297,7 +309,7 @@ def as_markdown(data: Mapping[str, Any]) -> str:
         parts += [f"## {_cell(title(request))}", _markdown(*request_table(data, request))]
     if data["requests"]:
         parts.append(note(data))
-    parts += [f"- failed: {_cell(_failed(entry))}" for entry in data["failed"]]
+    parts += [f"- {_cell(line)}" for line in _failed(data)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -325,7 +337,7 @@ def as_html(data: Mapping[str, Any]) -> str:
         words=len(varied(data)),
         requests=requests,
         note=note(data),
-        failed=[_failed(entry) for entry in data["failed"]],
+        failed=_failed(data),
     )
 
 
