@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from remanence import cli
 from remanence.data import Examples, Stream, Task, permuted, recurring, si_blurry, split_classes, split_digits
 from remanence.data.streams import stream_of
+from remanence.taxonomy import SCENARIOS
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -81,10 +82,11 @@ def test_command(tmp_path: Path) -> None:
     knobs = "{source: digits, tasks: 4, seed: 1}"
     stream = stream_of({"si-blurry": {"source": "digits", "tasks": 4, "seed": 1}})
     shown = call("si-blurry", knobs)
-    assert shown.exit_code == 0 and shown.stdout == stream.table() + "\n"
+    letters = "".join(f"{each}: {SCENARIOS[each]}\n" for each in ("BBCL", "TFCL"))  # blurred, and no borders told
+    assert shown.exit_code == 0 and shown.stdout == stream.table() + "\n" + letters
     saved = call("si-blurry", knobs, "--save", tmp_path / "a.svg")
     assert saved.exit_code == 0 and (tmp_path / "a.svg").read_text() == stream.picture()
-    assert call("split-digits").stdout == split_digits().table() + "\n"
+    assert call("split-digits").stdout == split_digits().table() + f"\nCIL: {SCENARIOS['CIL']}\n"
     for words, said in ((("split-digit",), "did you mean 'split-digits'"), (("si-blurry",), "needs source"),
                         (("split-digits", "{tasks: a}"), "wrong type"),
                         (("split-digits", "[3]"), "{knob: value}"), (("split-digits", "{tasks: 3}"), "cannot be cut"),
