@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Annotated
@@ -458,8 +459,13 @@ app.add_typer(streams, name="stream", help="Look at the streams that plans can n
 def stream_show(
     name: Annotated[str, typer.Argument(help="Such as si-blurry.", show_default=False)],
     knobs: Annotated[
-        str, typer.Argument(help="Its knobs as in a plan, such as '{source: digits, tasks: 4}'.", show_default=False)
+        str,
+        typer.Argument(
+            help="Its knobs as in a plan, such as '{source: digits, tasks: 4}'; without a source, digits.",
+            show_default=False,
+        ),
     ] = "{}",
+    tasks: Annotated[int | None, typer.Option(min=1, help="Short for the knob.", show_default=False)] = None,
     save: Annotated[
         Path | None, typer.Option(help="Where to draw it instead of printing it; FILE.svg.", show_default=False)
     ] = None,
@@ -473,9 +479,12 @@ def stream_show(
     if save is not None and save.suffix != ".svg":
         raise BadInput(f"--save {save}: pictures are SVG; name a file that ends in .svg")
 
-    from remanence.data.streams import stream_of
+    from remanence.data.streams import STREAMS, stream_of
     from remanence.taxonomy import SCENARIOS, scenarios
 
+    given = {**(given or {}), **({} if tasks is None else {"tasks": tasks})}
+    if name in STREAMS and "source" in inspect.signature(STREAMS[name]).parameters:
+        given.setdefault("source", "digits")
     found = stream_of({name: given})
     if save is None:
         typer.echo(found.table())

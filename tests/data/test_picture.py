@@ -84,10 +84,11 @@ def test_command(tmp_path: Path) -> None:
     shown = call("si-blurry", knobs)
     letters = "".join(f"{each}: {SCENARIOS[each]}\n" for each in ("BBCL", "TFCL"))  # blurred, and no borders told
     assert shown.exit_code == 0 and shown.stdout == stream.table() + "\n" + letters
+    assert call("si-blurry", "{seed: 1}", "--tasks", 4).stdout == shown.stdout
     saved = call("si-blurry", knobs, "--save", tmp_path / "a.svg")
     assert saved.exit_code == 0 and (tmp_path / "a.svg").read_text() == stream.picture()
     assert call("split-digits").stdout == split_digits().table() + f"\nCIL: {SCENARIOS['CIL']}\n"
-    for words, said in ((("split-digit",), "did you mean 'split-digits'"), (("si-blurry",), "needs source"),
+    for words, said in ((("split-digit",), "did you mean 'split-digits'"), (("long-tail",), "needs stream"),
                         (("split-digits", "{tasks: a}"), "wrong type"),
                         (("split-digits", "[3]"), "{knob: value}"), (("split-digits", "{tasks: 3}"), "cannot be cut"),
                         (("split-digits", "--save", tmp_path / "a.png"), "SVG"),
