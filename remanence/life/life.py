@@ -679,6 +679,7 @@ class Life:
     def _measured(self, learned: Sequence[Learned], metrics: Sequence[Metric] | None = None) -> dict[str, Any]:
         """Held-out score per task and of each wholly forgotten class, and the metrics' values."""
         c = self._context()
+        c.found = {}  # metrics ask for the same sets
         tasks = self._tasks(learned)
         main = "accuracy" if isinstance(self.problem, Classification) else "mse"
         scores = {str(task.id): _rounded(c.evaluate(task.test)[main]) for task in tasks if len(task.test)}
