@@ -421,11 +421,14 @@ def _run(
         assessor = Assessor(life, forget_set, retain_set, "tune")
         after = assessor.answers(made)
         known = [live_again(life, gone, reference_seed(life.seed, k)) for k in range(references)]
-        cells = assessor.assess(assessor.answers(state), after, [assessor.answers(s) for s in known]).cells
+        before, others = assessor.answers(state), [assessor.answers(s) for s in known]
+        cells, same = assessor.assess(before, after, others).cells, assessor.assess(before, before, others).cells
         return Trial(
             by.slug,
             [cell["metric"] for cell in cells if cell["verdict"] not in REACHED],
             [cell["metric"] for cell in cells if cell["verdict"] == "farther"],
+            [cell["metric"] for cell in cells if cell["verdict"] == "closer than doing nothing"],
+            [cell["metric"] for cell in same if cell["verdict"] not in REACHED],
             seconds,
             tried.notes,
             lambda: load_weights(state.model, made.model.state_dict()),

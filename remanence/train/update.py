@@ -43,12 +43,15 @@ class Classes:
 @dataclass(frozen=True)
 class Trial:
     """What a forgetter achieved on a copy of the life's network, measured against retrained models on the `tune` share of the
-    held-out data. `short`: the figures that are not yet like retraining's; `far`: those farther than doing nothing; `adopt`: make
-    the copy's weights the network's; `seconds`: of the method alone."""
+    held-out data. `short`: the figures that are not yet like retraining's; `far`: those farther than doing nothing, `near`: those
+    nearer; `idle`: the figures in which doing nothing falls short; `adopt`: make the copy's weights the network's; `seconds`: of the
+    method alone."""
 
     slug: str
     short: list[str]
     far: list[str]
+    near: list[str]
+    idle: list[str]
     seconds: float
     notes: list[str]
     adopt: Callable[[], None]

@@ -58,6 +58,17 @@ def test_where_none_gets_there_it_says_so(tmp_path):
         assert receipt.states["weights"] == "deleted" and receipt.content["notes"][-1] == "retrained"
 
 
+def test_what_only_does_harm_is_not_taken(tmp_path):
+    """Of single examples that doing nothing cannot be told from, dampening every weight only harms the rest."""
+    with life(tmp_path) as made:
+        start = weights(made)
+        harmful = {"ssd": {"selection": 1e-6, "dampening": 0.01}}
+        receipt = made.forget(Request(ids=range(0, 40)), by=Auto(candidates=[harmful]), verify="retrain")
+        said = receipt.content["notes"]
+        assert "farther than before" in said[-3] and said[-1] == "none is nearer than doing nothing; changed nothing"
+        assert weights(made) == start
+
+
 def test_a_candidate_that_cannot_is_left_out(tmp_path):
     """No labels but one class left: random labels have nothing to teach."""
     with life(tmp_path) as made:
