@@ -37,6 +37,8 @@ KEEPERS = (
     "gradient-restriction, refresh-learning, view-batch, [{replay: {per_class: 20}}, refresh-learning], [{replay: {per_class: 20}}, view-batch], "
     "[{replay: {per_class: 20}}, lwf]"
 )
+#: Learners that are meant to stand beside replay, and it.
+BOTH, REPLAY = "uer, lingocl", "{replay: {per_class: 20}}"
 #: Those that are meant for one head under changing inputs, and what they are held beside.
 DOMAIN = (
     "{replay: {per_class: 20}}, {der: {capacity: 200}}, {agem: {capacity: 200}}, {ewc: {strength: 1}}, {ewc: {strength: 10}}, l2, si, "
@@ -165,18 +167,21 @@ def table(name: str, setup: Setup, seeds: int, jobs: int) -> str:
         made = [
             compare(path, learn=learn, keep=keep, seeds=seeds, jobs=jobs, folder=Path("runs") / f"bench-learn-{name}-{part}",
                     told=lambda done, count, words: print(f"{name}: {done} of {count} lives {words}", flush=True))
-            for part, learn, keep in (("learn", f"finetune, {setup.learn}", "none"), ("keep", "finetune", f"none, {setup.keep}"))
+            for part, learn, keep in (("learn", f"finetune, {setup.learn}", "none"), ("keep", "finetune", f"none, {setup.keep}"),
+                                      *([("both", BOTH, REPLAY)] if setup.learn == LEARNERS else []))
         ]  # fmt: skip
     for data, home in made:
         write(home, data)
-    learners, keepers = (data for data, _ in made)
+    learners, keepers, *both = (data for data, _ in made)
+    for life in (life for data in both for life in data["lives"]):
+        life["difference"] = None  # it is to the first of these, and not to finetuning alone
     plain = keepers["lives"][0]["figures"]["seconds"]["mean"]
     lines = [
         f"**{setup.about}** Mean over seeds {learners['seeds'][0]} to {learners['seeds'][-1]} ± half of the 95 % interval:\n",
         "| learner | keeper | final accuracy | against finetune | incremental | forgetting | min-ACC | seconds | over plain | memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [row(life, plain) for data in (learners, keepers) for life in data["lives"] if life["figures"]["average_accuracy"]
+    lines += [row(life, plain) for data in (learners, keepers, *both) for life in data["lives"] if life["figures"]["average_accuracy"]
               and not (data is keepers and life["keep"] == "none")]  # fmt: skip
     refused = {(f["learner"], f["keep"]): f["error"] for data, _ in made for f in data["failed"]}
     lines += [
