@@ -85,7 +85,7 @@ def strategy(method: str, width: int) -> Naive:
         "ewc-online": lambda: EWCPlugin(STRENGTH, mode="online", decay_factor=1.0),
         "lwf": lambda: LwFPlugin(alpha=1.0, temperature=2.0),
         "si": lambda: SynapticIntelligencePlugin(si_lambda=0.1, eps=0.1),
-        "mas": lambda: MASPlugin(lambda_reg=1.0, alpha=0.5),
+        "mas": lambda: MASPlugin(lambda_reg=0.01, alpha=0.5),
         "agem": lambda: AGEMPlugin(patterns_per_experience=MEMORY // 5, sample_size=BATCH),
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, fused=True)

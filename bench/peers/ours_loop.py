@@ -18,7 +18,7 @@ KEEP = {
     "ewc-online": EWC,
     "lwf": {"lwf": {"strength": 1.0, "temperature": 2.0}},
     "si": {"si": {"strength": 0.1, "damping": 0.1}},
-    "mas": {"mas": {"strength": 1.0}},
+    "mas": {"mas": {"strength": 0.01}},
     "agem": {"agem": {"capacity": 200, "batch_size": BATCH}},
 }
 
