@@ -114,7 +114,7 @@ def setups() -> dict[str, Setup]:
                 "model": {"cnn": {"channels": [16, 32]}},
                 "train": {**adam, "batch_size": 16, "epochs": 10},
             },
-            50, "joint, nmc, protocl, hpcr, lingocl", MANY,
+            50, "joint, nmc, hpcr, lingocl", MANY,
             "Omniglot: 50 tasks of two characters, 15 images each to learn and 5 held out; a small convolutional network, ten epochs.",
             (OMNIGLOT,), 0,
         ),

@@ -70,8 +70,9 @@ class FeTrIL(Learner):
         assert isinstance(layer, nn.Linear)
         z = z if layer.bias is None else torch.cat([z, z.new_ones(len(z), 1)], 1)
         with torch.no_grad():
+            whole = curvature(z, self.cost)
             for column in range(layer.out_features):
-                w = squared_hinge(z, torch.where(y == column, 1.0, -1.0).to(z), self.cost)
+                w = squared_hinge(z, torch.where(y == column, 1.0, -1.0).to(z), self.cost, whole)
                 layer.weight[column] = w[: layer.in_features]
                 if layer.bias is not None:
                     layer.bias[column] = w[-1]
@@ -114,10 +115,12 @@ class _Unit(nn.Module):
         return F.normalize(z, dim=1)
 
 
-def squared_hinge(z: Tensor, sign: Tensor, cost: float) -> Tensor:
+def squared_hinge(z: Tensor, sign: Tensor, cost: float, whole: Tensor | None = None) -> Tensor:
     """The w (D,) with the least ``1/2 |w|^2 + cost sum_i max(0, 1 - sign_i w.z_i)^2``, by Newton's method: the loss is quadratic as
-    long as the same rows are inside the margin, so that it ends, after some ten steps, at the optimum itself."""
-    w, eye = z.new_zeros(z.shape[1]), torch.eye(z.shape[1]).to(z)
+    long as the same rows are inside the margin, so that it ends, after some ten steps, at the optimum itself. `whole`: `curvature` of z,
+    which all classes share."""
+    w = z.new_zeros(z.shape[1])
+    whole = curvature(z, cost) if whole is None else whole
 
     def at(w: Tensor) -> tuple[float, Tensor]:
         short = (1 - sign * (z @ w)).clamp(min=0)
@@ -125,9 +128,8 @@ def squared_hinge(z: Tensor, sign: Tensor, cost: float) -> Tensor:
 
     value, short = at(w)
     for _ in range(100):
-        inside = z[short > 0]
         slope = w - 2 * cost * (z.T @ (sign * short))
-        step = torch.linalg.solve(eye + 2 * cost * inside.T @ inside, slope)
+        step = _newton_step(z[short > 0], slope, cost, whole)
         share, drop = 1.0, float(slope @ step)
         while (found := at(w - share * step))[0] > value - 1e-4 * share * drop and share > 1e-9:
             share /= 2
@@ -135,3 +137,34 @@ def squared_hinge(z: Tensor, sign: Tensor, cost: float) -> Tensor:
             break
         w, (value, short) = w - share * step, found
     return w
+
+
+def curvature(z: Tensor, cost: float) -> Tensor:
+    """The Cholesky factor (D, D) of ``I + 2 cost z'z``: the loss's second derivative where all rows are inside the margin."""
+    found: Tensor = torch.linalg.cholesky(torch.eye(z.shape[1]).to(z) + 2 * cost * z.T @ z)
+    return found
+
+
+def _newton_step(inside: Tensor, slope: Tensor, cost: float, whole: Tensor) -> Tensor:
+    """``(I + 2 cost a'a)^-1 slope`` for the rows a inside the margin: in their own space where they are few; else by conjugate gradients
+    that `whole` preconditions, which takes some ten products while a good part of all rows is inside."""
+    count, width = inside.shape
+    step: Tensor
+    if count <= width:
+        inner = torch.eye(count).to(inside) / (2 * cost) + inside @ inside.T
+        step = slope - inside.T @ torch.linalg.solve(inner, inside @ slope)
+        return step
+    step, left = torch.zeros_like(slope), slope
+    near = torch.cholesky_solve(left[:, None], whole)[:, 0]
+    along, size = near, left @ near
+    for _ in range(200):
+        pushed = along + 2 * cost * (inside.T @ (inside @ along))
+        share = size / (along @ pushed)
+        step, left = step + share * along, left - share * pushed
+        if float(left.norm()) <= 1e-12 * float(slope.norm()):
+            return step
+        near = torch.cholesky_solve(left[:, None], whole)[:, 0]
+        last, size = size, left @ near
+        along = near + size / last * along
+    step = torch.linalg.solve(torch.eye(width).to(inside) + 2 * cost * inside.T @ inside, slope)
+    return step
