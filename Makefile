@@ -39,6 +39,7 @@ bench: $(VENV)/.dev
 	@$(BIN)/python -m bench.ledger
 	@$(BIN)/python -m bench.vmap
 	@$(BIN)/python -m bench.evidence
+	@$(BIN)/python -m bench.learn
 	@$(BIN)/python -m bench.forget
 	@$(BIN)/python -m bench.table
 

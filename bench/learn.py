@@ -244,8 +244,8 @@ def flat(seeds: int, jobs: int) -> list[Row]:
 TEXT = (
     "Every learner alone and every keeper under plain finetuning, beside *finetune* and *joint*, with default or published settings but "
     "equal memory where examples are stored. *Against finetune* is paired by seed. *min-ACC* is the mean over tasks of the lowest accuracy "
-    "after a task's end, looked at every ten steps (not on Omniglot). Seconds are those of learning alone, on one thread beside one more such process; *over plain* "
-    "is their share of finetuning's. Memory is the network and all that learner and keepers hold at the end."
+    "after a task's end, looked at every ten steps (not on Omniglot). Seconds are those of learning alone, on one thread beside another busy core; *over plain* "
+    "is their share of finetuning's. On Omniglot, with the transformer, and of learners beside replay more work ran at the time: order of size only. Memory is the network and all that learner and keepers hold at the end."
 )
 
 
