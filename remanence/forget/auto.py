@@ -33,7 +33,8 @@ class Auto(Forgetter):
     The figures are those of a receipt, but taken on the `tune` share of the held-out data; the receipt judges the chosen one on the
     `report` share, so a choice that was luck shows. Every attempt is listed in the receipt's notes, in the order it was made. Where
     none gets there, the notes say so, and `otherwise` decides: the attempt with the fewest figures that fell short (and, of equals, most
-    that came nearer), if it is better than doing nothing; retraining; or nothing at all. Each candidate has its own training defaults; one that cannot serve this life or request is noted and left out.
+    that came nearer), unless doing nothing is better; retraining; or nothing at all. Each candidate has its own training defaults; one
+    that cannot serve this life or request is noted and left out.
 
     Pick it when you do not know which method suits, and can afford the models retrained to compare with: they are most of its cost,
     and are shared with `verify`. Needs: the retained data, for the references. Source: ours; the verdicts are those of docs/compare.md.
@@ -76,8 +77,8 @@ class Auto(Forgetter):
         if self.otherwise == "nothing" or not tried:
             return Outcome(notes=[*notes, "changed nothing"])
         best = min(tried, key=_rank)  # the cheapest of equals comes first
-        if _rank(best) >= (len(best.idle), 0):
-            return Outcome(notes=[*notes, "none is nearer than doing nothing; changed nothing"])
+        if _rank(best) > (len(best.idle), 0):
+            return Outcome(notes=[*notes, "doing nothing is nearer than any; changed nothing"])
         best.adopt()
         return Outcome(notes=[*notes, f"took {best.slug}, the nearest"])
 
