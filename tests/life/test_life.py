@@ -186,6 +186,43 @@ def test_measuring_predicting_tracing_and_reporting_leave_no_trace(tmp_path: Pat
         assert life.measure() == {"tasks": {}} and life.events == [] and life.receipts == []
 
 
+def test_metrics_of_one_moment_share_what_they_measured() -> None:
+    """One forward for each test set, however many metrics ask; new weights are measured anew."""
+    for metrics in (["bytes"], ["accuracy", "forgetting", "stability-gap"]):
+        with Life(network, seed=1, measure=metrics) as life:
+            for task in stream().tasks[:2]:
+                life.learn(task, **FAST)
+            calls: list[int] = []
+            handle = life.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            before = life.measure()["tasks"]
+            handle.remove()
+            assert len(calls) == 2, metrics
+            with torch.no_grad():
+                for p in life.model.parameters():
+                    p.zero_()
+            assert life.measure()["tasks"] != before
+
+
+def test_seconds_of_learning_leave_out_what_metrics_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only a metric in the loop moves, an event takes no time."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    @dataclass
+    class Slow(Metric):
+        """Takes its time after every step."""
+
+        every: int = knob(1, "steps", low=1)
+
+        def value(self, c: Context) -> dict[str, float]:
+            clock[0] += 7.0
+            return {}
+
+    with Life(network, seed=1, measure=[Slow()]) as life:
+        event = life.learn(stream().tasks[0], **FAST)
+    assert event.seconds == 0 and clock[0] >= 7 * event.steps > 0
+
+
 def test_predict_answers_in_labels(tmp_path: Path) -> None:
     test = cat([task.test for task in list(stream())[:2]])
     with lived(tmp_path, tasks=0, keep=[{"replay": {"per_class": 30, "batch_size": 30}}]) as life:
