@@ -18,7 +18,8 @@ Batch = dict[str, Tensor]
 
 @dataclass(slots=True)
 class Out:
-    """What a forward gave: `logits` (B, C) or values (B, ...); `features` (B, D), the head's input, if asked for."""
+    """What a forward gave: `logits` (B, C) or values (B, ...); `features` (B, D), the head's input, if asked for. Of a text: one row
+    for each of its targets, see `CausalLM`."""
 
     logits: Tensor
     features: Tensor | None = None
@@ -61,9 +62,13 @@ class Problem:
         """Per-example figures (B,) whose means describe how right the model is."""
         raise NotImplementedError
 
+    def compact(self, batch: Batch) -> Batch:
+        """`batch` without what no row of it needs, such as padding; called on gathered rows, before they go to the device."""
+        return batch
+
     def spec(self) -> dict[str, Any]:
         """``{name: knobs}``, from which `problem_of` builds an equal one."""
-        return {type(self).__name__.lower(): {f.name: getattr(self, f.name) for f in fields(self)}}
+        return {NAMES[type(self)]: {f.name: getattr(self, f.name) for f in fields(self)}}
 
 
 @dataclass
@@ -131,7 +136,118 @@ class Regression(Problem):
         return {"mse": 2 * losses, "loss": losses}
 
 
-PROBLEMS: dict[str, Callable[..., Problem]] = {"classification": Classification, "regression": Regression}
+@dataclass
+class CausalLM(Problem):
+    """The next token of a text. Batches have `input_ids` (B, L), padded on the right, `attention_mask` (B, L), True where there is a
+    token, and `labels` (B, L): the token itself where it is to be predicted from what stands before it, -100 elsewhere.
+
+    `Out.logits` are (M, V): one row for each of the batch's M targets, row by row of the batch, and `features` (M, D) are what the head
+    saw there; the head is not computed anywhere else. `losses` (B,) are means over a row's targets, in nats per token; `loss` is the
+    mean over all targets of the batch, each weighted as its row. Scores per row: `accuracy`, the share of targets that would be
+    predicted; `exact`, whether all of them would (then greedy decoding gives the answer word for word); `loss`.
+
+    How a text becomes rows is told by the knobs; every row has `context` places, of which a batch uses as many as its longest row does.
+
+    Args of the model: a module called as ``model(input_ids=...)`` that gives logits (B, L, V), or an object with them as `logits` (as
+    transformers' do), and that looks backwards only.
+    """
+
+    context: int = knob(512, "most tokens of a row", low=2)
+    long: str = knob(
+        "refuse",
+        "what becomes of a longer document: an error; several rows; its beginning",
+        choices=("refuse", "split", "cut"),
+    )
+    answers: bool = knob(True, "whether, of a document with a prompt, only the answer is to be predicted")
+    packing: bool = knob(False, "whether short rows share one row in the forward; needs a model of transformers")
+
+    def compact(self, batch: Batch) -> Batch:
+        length = int(batch["attention_mask"].sum(1).max()) if len(batch["id"]) else 0
+        return {name: c[:, :length] if name in TOKENS else c for name, c in batch.items()}
+
+    def forward(self, model: nn.Module, batch: Batch, head: nn.Module | None = None) -> Out:
+        target = batch["labels"][:, 1:] != -100
+        options: dict[str, Any] = {"use_cache": False} if hasattr(model, "config") else {}
+        chosen: Tensor | tuple[Tensor, ...]
+        if self.packing:
+            from remanence.core.packing import packed
+
+            ids, chosen, more = packed(batch, target)
+            options |= more
+        else:
+            # Padding stands on the right, where no token looks: it needs no mask.
+            ids, chosen = batch["input_ids"], target.nonzero(as_tuple=True)
+        taken: list[Tensor] = []
+
+        def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if inputs[0].dim() == 3:  # (B, L, D): only what is a target goes on
+                taken.append(inputs[0][chosen])
+            return (taken[-1], *inputs[1:])
+
+        hook = (head or output_layer(model)).register_forward_pre_hook(choose)
+        try:
+            made = model(input_ids=ids.long(), **options)
+        finally:
+            hook.remove()
+        if not taken:
+            raise BadInput(
+                "the model never called its head on (B, L, D) states; name the output layer by a `head` attribute"
+            )
+        return Out(made if isinstance(made, Tensor) else made.logits, taken[0] if head is not None else None)
+
+    def losses(self, out: Out, batch: Batch, classes: Tensor | None = None) -> Tensor:
+        rows, y = targets(batch)
+        return _row_mean(F.cross_entropy(out.logits, y, reduction="none"), rows, len(batch["labels"]))
+
+    def loss(self, out: Out, batch: Batch, classes: Tensor | None = None) -> Tensor:
+        rows, y = targets(batch)
+        if "weight" not in batch:
+            return F.cross_entropy(out.logits, y)
+        weight = batch["weight"][rows]
+        return (F.cross_entropy(out.logits, y, reduction="none") * weight).sum() / weight.sum()
+
+    def score(self, out: Out, batch: Batch, classes: Tensor | None = None) -> dict[str, Tensor]:
+        rows, y = targets(batch)
+        right = _row_mean((out.logits.argmax(1) == y).to(torch.float32), rows, len(batch["labels"]))
+        return {"accuracy": right, "exact": (right > 1 - 1e-6).to(torch.float32), "loss": self.losses(out, batch)}
+
+
+#: Columns of one value per token.
+TOKENS = ("input_ids", "attention_mask", "labels")
+
+
+def targets(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of the M targets of a batch of text, row by row: the row of each (M,), and the token that is right there (M,)."""
+    labels = batch["labels"][:, 1:]
+    rows, places = (labels != -100).nonzero(as_tuple=True)
+    return rows, labels[rows, places].long()
+
+
+def _row_mean(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The mean of `values` (M,) in each of `count` rows; 0 where a row has none."""
+    sums = values.new_zeros(count).index_add(0, rows, values)
+    return sums / values.new_zeros(count).index_add(0, rows, torch.ones_like(values)).clamp(min=1)
+
+
+def output_layer(model: nn.Module) -> nn.Module:
+    """The layer that gives the logits: transformers' output embeddings, else the attribute `head` or `lm_head`.
+
+    Raises:
+        BadInput: there is none.
+    """
+    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = found or getattr(model, "head", None) or getattr(model, "lm_head", None)
+    if not isinstance(found, nn.Module):
+        raise BadInput(f"{type(model).__name__} has no output layer that is known; name it by a `head` attribute")
+    return found
+
+
+PROBLEMS: dict[str, Callable[..., Problem]] = {
+    "classification": Classification,
+    "regression": Regression,
+    "causal-lm": CausalLM,
+}
+NAMES = {made: name for name, made in PROBLEMS.items()}
 
 
 def problem_of(value: Any) -> Problem:

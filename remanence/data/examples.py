@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
+from remanence.core.problem import TOKENS
 from remanence.data.rows import Rows
 
 View = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -180,11 +182,16 @@ def cat(parts: Sequence[Examples], source: str | None = None) -> Examples:
 
 
 def cat_batches(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows of `second` after the rows of `first`; columns that are not in both are left out, ``weight`` is filled with ones."""
+    """Rows of `second` after the rows of `first`; columns that are not in both are left out, ``weight`` is filled with ones, and
+    rows of text are padded to the longer."""
     joined = {}
     for name in first:
         if name in second:
             other = second[name]
+            if name in TOKENS and first[name].shape[1:] != other.shape[1:]:
+                width = max(first[name].shape[1], other.shape[1])
+                joined[name] = torch.cat([padded(name, first[name], width), padded(name, other, width)])
+                continue
             if first[name].shape[1:] != other.shape[1:]:
                 raise BadInput(
                     f"column {name!r}: rows of shape {tuple(first[name].shape[1:])} and {tuple(other.shape[1:])}"
@@ -196,6 +203,11 @@ def cat_batches(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str
         ]
         joined["weight"] = torch.cat(ones)
     return joined
+
+
+def padded(name: str, column: Tensor, width: int) -> Tensor:
+    """A column of one value per token, (B, L), as (B, width): what is added is no target."""
+    return F.pad(column, (0, width - column.shape[1]), value=-100 if name == "labels" else 0)
 
 
 def _chunks(column: Tensor) -> Iterator[Tensor]:

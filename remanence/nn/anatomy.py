@@ -59,8 +59,13 @@ def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Normalisation layers with parameters or running statistics, by dotted name."""
+    return {name: module for name, module in model.named_modules() if _norm(module)}
+
+
+def _norm(module: nn.Module) -> bool:
+    """Whether it normalises; other libraries' layers are known by the name of their class, such as ``LlamaRMSNorm``."""
     kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return isinstance(module, kinds) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
@@ -80,8 +85,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:
-    """A copy of `model` whose weights are drawn anew by every module's own ``reset_parameters``, running statistics included. The
-    global generators stay as they are.
+    """A copy of `model` whose weights are drawn anew by every module's own ``reset_parameters``, running statistics included; the
+    scales of normalisations without one become 1. The global generators stay as they are.
 
     Raises:
         BadInput: a module owns parameters and has no ``reset_parameters``; names it.
@@ -93,6 +98,9 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+            elif _norm(module):
+                for at, p in module.named_parameters(recurse=False):
+                    nn.init.constant_(p, float(at == "weight"))
             elif next(module.parameters(recurse=False), None) is not None:
                 raise BadInput(
                     f"{name or type(module).__name__} owns parameters and has no reset_parameters, so it cannot be drawn anew; add one"

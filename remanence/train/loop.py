@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from remanence.core.errors import BadInput
-from remanence.core.problem import Batch
+from remanence.core.problem import Batch, Problem
 from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Request
 from remanence.nn.anatomy import lone_rows
@@ -225,9 +225,12 @@ class _Source:
         u, device = self.u, self.u.device
         groups = list(index) if isinstance(index, list) else None
         zeros = torch.zeros(self.size, dtype=torch.int64, device=device)
+        if groups is None and type(u.problem).compact is not Problem.compact:
+            groups = list(index.split(self.size))
         if groups is not None:
             for rows in groups[skip:]:
-                yield {name: c[rows].to(device) for name, c in columns.items()} | {
+                gathered = u.problem.compact({name: c[rows] for name, c in columns.items()})
+                yield {name: c.to(device) for name, c in gathered.items()} | {
                     "origin": torch.zeros_like(rows).to(device)
                 }
             return

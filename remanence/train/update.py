@@ -117,7 +117,8 @@ class Context:
     def batches(self, examples: Examples, batch_size: int = 256) -> Iterator[Batch]:
         """`examples` in order, in batches on the device."""
         for rows in torch.arange(len(examples)).split(batch_size):
-            yield {name: column.to(self.device) for name, column in examples.batch(rows).items()}
+            batch = self.problem.compact(examples.batch(rows))
+            yield {name: column.to(self.device) for name, column in batch.items()}
 
     def outputs(self, examples: Examples, batch_size: int = 1024) -> Tensor:
         """The life's answers (N, C) to `examples`, whose `y` are head columns, in eval mode."""
