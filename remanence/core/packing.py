@@ -38,14 +38,14 @@ def packed(batch: Batch, target: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor],
     ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
     capacity = max(lengths)
     made = bins(lengths, capacity)
-    row_of, start_of = [0] * len(lengths), [0] * len(lengths)
-    for at, rows in enumerate(made):
-        start = 0
-        for row in rows:
-            row_of[row], start_of[row] = at, start
-            start += lengths[row]
+    bin_of, begins = [0] * len(lengths), [0] * len(lengths)
+    for number, members in enumerate(made):
+        begin = 0
+        for row in members:
+            bin_of[row], begins[row] = number, begin
+            begin += lengths[row]
     device = ids.device
-    where, start = (torch.tensor(values, device=device) for values in (row_of, start_of))
+    where, start = (torch.tensor(values, device=device) for values in (bin_of, begins))
     rows, places = batch["attention_mask"].nonzero(as_tuple=True)
     at = (where[rows], start[rows] + places)
     shape = (len(made), capacity)

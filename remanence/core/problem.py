@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,9 @@ class Out:
 
 @dataclass
 class Problem:
-    """Base of all problems; `forward`, `losses` and `score` define one."""
+    """Base of all problems; `forward`, `losses` and `score` define one. `main` is the score that stands for it in tables."""
+
+    main: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         check_knobs(self)
@@ -121,6 +123,8 @@ class Classification(Problem):
 @dataclass
 class Regression(Problem):
     """Real targets `y` (B,) or (B, K); the loss is half the squared error summed over K, a unit-variance Gaussian's nats."""
+
+    main: ClassVar[str] = "mse"
 
     def losses(self, out: Out, batch: Batch, classes: Tensor | None = None) -> Tensor:
         y = batch["y"].to(out.logits.dtype)
@@ -235,7 +239,8 @@ def output_layer(model: nn.Module) -> nn.Module:
     Raises:
         BadInput: there is none.
     """
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    offered: Any = getattr(model, "get_output_embeddings", None)
+    found = offered() if offered is not None else None
     found = found or getattr(model, "head", None) or getattr(model, "lm_head", None)
     if not isinstance(found, nn.Module):
         raise BadInput(f"{type(model).__name__} has no output layer that is known; name it by a `head` attribute")

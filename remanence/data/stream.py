@@ -16,7 +16,8 @@ SCENARIOS = ("class", "task", "domain", "none")
 class Task:
     """One step of a stream: what to learn from and what to be measured on.
 
-    `classes` are the labels that occur in `train`; `names` are words for them, in the same order.
+    `classes` are the labels that occur in `train`; `names` are words for them, in the same order. `strangers`: rows of the same kind
+    that nobody learns, for attacks that tell members from others; None: `test` are such rows.
     """
 
     train: Examples
@@ -24,10 +25,12 @@ class Task:
     classes: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     id: int = 0
+    strangers: Examples | None = None
 
     def fingerprint(self) -> str:
-        """SHA-256 over train and test."""
-        return hashlib.sha256((self.train.fingerprint() + self.test.fingerprint()).encode()).hexdigest()
+        """SHA-256 over train, test and strangers."""
+        strangers = "" if self.strangers is None else self.strangers.fingerprint()
+        return hashlib.sha256((self.train.fingerprint() + self.test.fingerprint() + strangers).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,8 +46,8 @@ def without(task: Task, gone: Ids) -> Task:
         left = set(train["y"].unique().tolist())
         names = dict(zip(labels, task.names or map(str, labels), strict=True))
         labels = tuple(label for label in labels if label in left)
-        return Task(train, task.test, labels, tuple(names[label] for label in labels), task.id)
-    return Task(train, task.test, labels, task.names, task.id)
+        return replace(task, train=train, classes=labels, names=tuple(names[label] for label in labels))
+    return replace(task, train=train)
 
 
 def learn_event(

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from remanence.core.errors import BadInput
-from remanence.core.problem import Classification
+from remanence.core.problem import CausalLM, Classification
 from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Task, cat
+from remanence.life.language import about, entities
 from remanence.life.learning import content
 from remanence.measure import attacks, divergence, relearn
 from remanence.measure.evidence import Cell, compare, compare_distances, earned_unlearned, leave_one_out
@@ -32,6 +33,7 @@ FORGOTTEN = ("forget ", "membership AUC", "KL from references")
 RANGES = {
     "relearn steps": "1 (at once) to 52 (not within 50 steps)",
     "accuracy": "0 to 1",
+    "exact": "0 to 1",
     "AUC": "0 to 1, 0.5 is chance",
     "KL": "0 up, nats",
     "mse": "0 up",
@@ -85,6 +87,15 @@ class Assessor:
     def __init__(self, life: Life, forget: Examples, retain: Examples, part: str = "report") -> None:
         self.life, self.forget, self.retain = life, forget, retain
         held = [rows for rows in split(life, part) if len(rows)]
+        self.text = isinstance(life.problem, CausalLM)
+        #: Held-out rows about whom the request forgets.
+        self.hidden: Examples | None = None
+        if self.text and held:
+            gone = set(entities(forget)) - set(entities(retain))
+            every = cat(held)
+            asked = about(every, gone)
+            self.hidden = every.select(asked.nonzero()[:, 0]) if bool(asked.any()) else None
+            held = [rows for rows in [every.select((~asked).nonzero()[:, 0])] if len(rows)]
         kept = set(retain["y"].tolist()) if isinstance(life.problem, Classification) else set()
         lost = {label for part in held for label in part["y"].tolist()} - kept if kept else set()
         self.test = _without_labels(held, lost)
@@ -95,6 +106,13 @@ class Assessor:
 
     def _matched(self, held: Sequence[Examples]) -> tuple[Examples, Examples] | tuple[None, None]:
         """Examples of the request, and held-out ones of the same classes in the same proportions, that can be told apart or not."""
+        if self.text:
+            strangers = [learned.task.strangers for learned in self.life._learned if learned.task is not None]
+            if not all(part is not None for part in strangers):
+                ever = self.life._entities()[0]
+                strangers = [part.select((~about(part, ever)).nonzero()[:, 0]) for part in held]
+            found = {id(part): part for part in strangers if part is not None and len(part)}
+            return (self.forget, cat(list(found.values()))) if found else (None, None)
         if not held:
             return None, None
         pool = cat(list(held))
@@ -114,11 +132,17 @@ class Assessor:
         of the network comes back to the request, where the network is what answers."""
         c = state.context(self.life.problem, device=self.life.device)
         found: dict[str, Any] = {"labels": list(state.labels), "figures": {}}
-        name = "accuracy" if self.classifies else "mse"
-        for part, examples in (("forget", self.forget), ("retain", self.retain), ("test", self.test)):
+        name = c.problem.main
+        for part, examples in (
+            ("forget", self.forget),
+            ("forget held-out", self.hidden),
+            ("retain", self.retain),
+            ("test", self.test),
+        ):
             if examples is not None and len(examples):
-                found["figures"][f"{part} {name}"] = c.evaluate(examples)[name]
-        found["forget"] = _outputs(c, self.forget)
+                scores = c.evaluate(examples)
+                found["figures"] |= {f"{part} {each}": scores[each] for each in (name, "exact") if each in scores}
+        found["forget"] = _outputs(c, _some(self.forget, self.life.seed) if self.text else self.forget)
         if self.members is not None and self.strangers is not None:
             found["figures"].update(self._attacks(c))
         if learn_again and state.learner.moves_weights:
@@ -156,6 +180,13 @@ class Assessor:
     def _attacks(self, c: Context) -> dict[str, float]:
         """The attacks' figures; a class that the model never knew gets a column far below the others."""
         assert self.members is not None and self.strangers is not None
+        if self.text:
+            member, other = (
+                (-c.scores(part)["loss"]).double().cpu().numpy() for part in (self.members, self.strangers)
+            )
+            told = {"membership AUC (loss-threshold)": attacks.auc(member, other).value}
+            rate = attacks.tpr_at_fpr(member, other, 0.01)
+            return told if rate is None else {**told, "membership TPR at 1 % FPR (loss-threshold)": rate}
         sides: list[tuple[Any, Any]] = []
         for examples in (self.members, self.strangers):
             answers, y = _outputs(c, examples), examples["y"].numpy()
@@ -181,7 +212,10 @@ class Assessor:
         return figures
 
     def distance(self, reference: dict[str, Any], other: dict[str, Any]) -> float:
-        """Mean KL(reference || other) over the request, over the classes both know; Gaussian for regression."""
+        """Mean KL(reference || other) over the request, over the classes both know; over its targets for texts; Gaussian for
+        regression."""
+        if self.text:
+            return float(divergence.kl(reference["forget"], other["forget"]).mean())
         if not self.classifies:
             return float(divergence.gaussian_kl(reference["forget"], other["forget"]).mean())
         return float(divergence.kl(reference["forget"], other["forget"], reference["labels"], other["labels"]).mean())
@@ -216,6 +250,12 @@ def _without_labels(held: Sequence[Examples], lost: set[int]) -> Examples | None
         return None
     test = cat(list(held))
     return test.select((~torch.isin(test["y"], torch.tensor(sorted(lost)))).nonzero()[:, 0]) if lost else test
+
+
+def _some(examples: Examples, seed: int) -> Examples:
+    """At most 256 of them: an answer has as many numbers as there are words."""
+    order = torch.randperm(len(examples), generator=generator(seed, "divergence"))[:256]
+    return examples.select(order.sort().values)
 
 
 def _outputs(c: Context, examples: Examples) -> np.ndarray:

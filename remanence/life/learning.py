@@ -13,10 +13,12 @@ from torch import Tensor
 
 from remanence.core.errors import BadInput, DataChanged, EventFailed, NotFinite, Refused, StorageError
 from remanence.core.ids import Ids
-from remanence.core.problem import Classification
+from remanence.core.problem import CausalLM, Classification
 from remanence.data import Examples, Task
+from remanence.data.tokens import is_text, tokenised_task
 from remanence.life.events import Recipe, learn_event, without
 from remanence.life.files import canonical
+from remanence.life.language import check_text
 from remanence.life.ledger import Row
 from remanence.life.record import Learned
 from remanence.life.snapshots import weights_sha256
@@ -45,7 +47,7 @@ def learn(
 ) -> Row:
     """See `Life.learn`; the committed row."""
     life._writable()
-    task = as_task(task, max([len(life._learned), *(item.about["id"] + 1 for item in life._learned)]))
+    task = as_task(task, max([len(life._learned), *(item.about["id"] + 1 for item in life._learned)]), life)
     recipe = Recipe(
         ordinal=len(life._learned),
         settings={name: getattr(settings, name) for name in settings.__dataclass_fields__},
@@ -105,7 +107,9 @@ def _check_task(life: Life, task: Task) -> None:
     task.train.check()
     if task.test is not task.train:
         task.test.check()
-    if "y" not in task.train.columns:
+    if isinstance(life.problem, CausalLM):
+        check_text(task, life.model)
+    elif "y" not in task.train.columns:
         raise BadInput(f"{task.train.source}: classification and regression need a column 'y'")
     if isinstance(life.problem, Classification) and task.train["y"].is_floating_point():
         raise BadInput(
@@ -245,8 +249,17 @@ def _load_into(u: Update, packed: Mapping[str, Any]) -> None:
         part.load_state_dict(packed["holders"][str(i)])
 
 
-def as_task(data: Task | Examples, number: int) -> Task:
-    """Bare examples as a task that is measured on itself."""
+def as_task(data: Task | Examples, number: int, life: Life) -> Task:
+    """Bare examples as a task that is measured on itself; texts are cut into tokens."""
+    task = _task(data, number)
+    if not isinstance(life.problem, CausalLM) or not any(map(is_text, (task.train, task.test))):
+        return task
+    if life.tokenizer is None:
+        raise BadInput("these are texts, and this life has no tokenizer to cut them: Life(..., tokenizer=...)")
+    return tokenised_task(task, life.tokenizer, life.problem)
+
+
+def _task(data: Task | Examples, number: int) -> Task:
     if isinstance(data, Task):
         return data
     if not isinstance(data, Examples):

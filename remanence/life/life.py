@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from remanence.core.errors import (
     BadInput,
@@ -25,12 +25,14 @@ from remanence.core.errors import (
     RemanenceError,
 )
 from remanence.core.ids import Ids
-from remanence.core.problem import Classification, Problem, problem_of
+from remanence.core.problem import CausalLM, Classification, Problem, problem_of
 from remanence.data import Examples, Request, Stream, Task
+from remanence.data.tokens import fingerprint_of
 from remanence.life import learning
 from remanence.life.books import Books
 from remanence.life.events import Recipe, without
 from remanence.life.files import empty, plain_errors
+from remanence.life.language import check_language, complete, entities, unforgotten
 from remanence.life.ledger import Ledger, Row
 from remanence.life.lock import Lock
 from remanence.life.record import Event, Learned, Trace, apply_row
@@ -53,7 +55,7 @@ class Life:
     Args:
         model: a torch module, trained in place; or a function of a seed that builds one (then references can start afresh).
         problem: what being right means; default: `Classification`.
-        tokenizer: for language models.
+        tokenizer: for language models: cuts the texts that the life learns, see `CausalLM`. Without `problem` it means ``causal-lm``.
         learner: how events learn; default: ``finetune``.
         keep: what protects the old: slugs, ``{slug: knobs}`` or keepers.
         where: where events may write.
@@ -90,14 +92,11 @@ class Life:
         progress: Progress | None = None,
         references: str | Path | None = None,
     ) -> None:
-        if tokenizer is not None:
-            raise BadInput(
-                "a tokenizer belongs to a language problem; this version knows classification and regression"
-            )
+        if problem is None and tokenizer is not None:
+            problem = "causal-lm"
         if measure is None:
-            measure = [
-                name for name in MEASURES if name != "forgetting" or isinstance(problem_of(problem), Classification)
-            ]
+            measure = [name for name in MEASURES if name != "forgetting" or problem_of(problem).main == "accuracy"]
+        self.tokenizer = tokenizer
         self._prepare(model, problem, learner, keep, where, seed, device, measure, progress)
         self._temporary = tempfile.TemporaryDirectory(prefix="remanence-") if home is None else None
         self.home = Path(self._temporary.name if self._temporary else home or "").resolve()
@@ -118,6 +117,7 @@ class Life:
                 "where": self._where,
                 "measure": self._metric_specs,
                 "weights_sha256": weights_sha256(self.model.state_dict()),
+                **({} if tokenizer is None else {"tokenizer": fingerprint_of(tokenizer)}),
             }
             manifest = self._snapshots.save(self._state.pack())
             if plan is not None:
@@ -160,6 +160,7 @@ class Life:
             torch.device(device) if device is not None else (first.device if first is not None else torch.device("cpu"))
         )
         check_device(self.device)
+        check_language(built, self.problem, self.tokenizer)
         self._blank = copy.deepcopy(built).cpu()
         self._keep_specs = [keeper.spec() for keeper in resolve_all("keep", keep, Keeper)]
         self._learner_spec = resolve("learn", learner or "finetune", Learner).spec()
@@ -207,6 +208,7 @@ class Life:
         model: Any = None,
         data: Stream | Sequence[Task | Examples] | None = None,
         *,
+        tokenizer: Any = None,
         parts: Sequence[type[Method]] = (),
         allow_drift: bool = False,
         ledger: str | None = None,
@@ -219,6 +221,7 @@ class Life:
             model: the initial network, as it was given then; a life run from a plan builds it itself.
             data: the tasks learned so far (a stream, or tasks in order); a life run from a plan makes them itself.
                 Without them the life can answer and be traced, but not retrain or rebuild statistics.
+            tokenizer: as it was given then; a life run from a plan makes it itself.
             parts: classes of your own that the life uses and that are in no catalogue.
             allow_drift: go on although versions, threads or the processor differ; it is recorded that results are not exact.
 
@@ -249,10 +252,22 @@ class Life:
             body = born[0].body
             if (home / "plan.yaml").exists():
                 life._plan = (home / "plan.yaml").read_text()
-                made, stream = model_and_data(home / "plan.yaml") if model is None or data is None else (model, data)
-                model, data = (made if model is None else model), (stream if data is None else data)
+                if model is None or data is None:
+                    made, stream, cut = model_and_data(home / "plan.yaml")
+                    model, data = (made if model is None else model), (stream if data is None else data)
+                    tokenizer = cut if tokenizer is None else tokenizer
             if model is None:
                 raise BadInput("this life was not run from a plan: give the initial model, resume(home, model=...)")
+            life.tokenizer = tokenizer
+            if body.get("tokenizer") and (tokenizer is None or fingerprint_of(tokenizer) != body["tokenizer"]):
+                said = (
+                    "is not the one given"
+                    if tokenizer is not None
+                    else "is needed: resume(home, model, data, tokenizer=...)"
+                )
+                raise DataChanged(
+                    f"the tokenizer that this life began with {said}; other tokens would be other examples"
+                )
             life._prepare(
                 model,
                 body["problem"],
@@ -270,8 +285,8 @@ class Life:
                 )
             life._check_drift(allow_drift)
             for task in data if data is not None else ():
-                made = learning.as_task(task, -1)
-                life._given[made.fingerprint()] = made
+                known = learning.as_task(task, -1, life)
+                life._given[known.fingerprint()] = known
             life._replay_rows()
             life._load_current()
             life._finish_owed()
@@ -512,8 +527,11 @@ class Life:
         accuracy = {int(k): v for k, v in measured["accuracy"].items() if wanted is None or k in wanted}
         return {**measured["measures"], "tasks": accuracy}
 
-    def predict(self, x: Tensor, task: int | None = None) -> Tensor:
-        """Answers for `x` (B, ...): labels (B,) of a classifier, values of a regressor. `task` restricts classes to that task's."""
+    def predict(self, x: Any, task: int | None = None, *, tokens: int = 32) -> Any:
+        """Answers for `x` (B, ...): labels (B,) of a classifier, values of a regressor. `task` restricts classes to that task's. Of a
+        language model: `x` is a prompt or a list of prompts, and the answers are text, decoded greedily, of at most `tokens` tokens."""
+        if isinstance(self.problem, CausalLM):
+            return complete(self.model, self.tokenizer, x, tokens, self.problem)
         if not bool(torch.isfinite(x.float().sum())):
             raise BadInput("x has NaN or infinite values")
         c = self._context()
@@ -658,8 +676,21 @@ class Life:
                 test = task.test
                 if lost and isinstance(self.problem, Classification):
                     test = test.select((~torch.isin(test["y"], torch.tensor(lost))).nonzero()[:, 0])
-                found[task.id] = Task(task.train, test, task.classes, task.names, task.id)
+                elif self._books.tombstones:
+                    test = unforgotten(test, *self._entities(learned))
+                found[task.id] = replace(task, test=test)
         return list(found.values())
+
+    def _entities(self, learned: Sequence[Learned] | None = None) -> tuple[set[Any], set[Any]]:
+        """Of texts: whom (or, where the data names nobody, which documents) the life ever learned of, and of whom something is left."""
+        ever: set[Any] = set()
+        left: set[Any] = set()
+        for item in self._learned if learned is None else learned:
+            if item.task is not None:
+                train = item.task.train.only(item.ids)
+                ever.update(entities(train))
+                left.update(entities(train.without(self._books.tombstones)))
+        return ever, left
 
     def _lost_labels(self, learned: Sequence[Learned] | None = None) -> list[int]:
         """Labels of which every example ever learned was forgotten."""
@@ -681,7 +712,7 @@ class Life:
         c = self._context()
         c.found = {}  # metrics ask for the same sets
         tasks = self._tasks(learned)
-        main = "accuracy" if isinstance(self.problem, Classification) else "mse"
+        main = self.problem.main
         scores = {str(task.id): _rounded(c.evaluate(task.test)[main]) for task in tasks if len(task.test)}
         lost = {}
         for label in self._lost_labels(learned):

@@ -311,6 +311,7 @@ class Plan(_Part):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: Spec
     problem: Spec | None = None
+    tokenizer: Spec | None = None
     stream: Spec
     learner: Spec | None = None
     keep: Annotated[Specs, BeforeValidator(_no_null)] = []

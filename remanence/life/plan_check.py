@@ -15,9 +15,11 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from remanence import catalogue
 from remanence.core.errors import BadInput, UnknownName, nearest
-from remanence.core.problem import PROBLEMS, Classification, Regression, problem_of
+from remanence.core.problem import PROBLEMS, CausalLM, Classification, Problem, Regression, problem_of
+from remanence.data.tokenizers import TOKENIZERS
 from remanence.life.plan import Forget, Learn, Plan, Problems, _defaults, _function, _runs
 from remanence.life.yaml import Document, Place, shown
+from remanence.models import LANGUAGE
 from remanence.train.resolve import check_fits, check_keepers
 from remanence.train.roles import Forgetter, Keeper, Learner, Method, Metric, Where
 from remanence.train.schedules import SCHEDULES
@@ -31,7 +33,7 @@ _ROLES: dict[str, type[Method]] = {
     "measure": Metric,
 }
 #: Given by the life, so they are no knobs of a plan's model.
-_OURS = ("inputs", "seed")
+_OURS = ("inputs", "vocab", "seed")
 _NO_DEFAULT = inspect.Parameter.empty
 
 Spec = dict[str, dict[str, Any]]
@@ -45,7 +47,10 @@ def check(plan: Plan, document: Document, problems: Problems, allow_code: bool) 
 class _Check:
     def __init__(self, plan: Plan, document: Document, problems: Problems, allow_code: bool) -> None:
         self.given, self.document, self.problems, self.allow_code = plan, document, problems, allow_code
-        self.kind = Regression() if "regression" in (plan.problem or {}) else Classification()
+        self.kind: Problem = Classification()
+        name = next(iter(plan.problem or {}), "")
+        if name in ("regression", "causal-lm"):
+            self.kind = PROBLEMS[name]()
 
     def plan(self) -> dict[str, Any]:
         plan = self.given
@@ -56,6 +61,7 @@ class _Check:
             "seed": plan.seed,
             "model": self.built("model", plan.model),
             "problem": self.problem(plan.problem or {"classification": {}}),
+            **({} if plan.tokenizer is None else {"tokenizer": self.tokenizer(plan.tokenizer)}),
             "stream": stream,
             "learner": self.method("learn", ("learner",), plan.learner or {"finetune": {}})[0],
             "keep": self.methods("keep", ("keep",), plan.keep),
@@ -263,6 +269,27 @@ class _Check:
         cls = type(made)
         return {slug: _filled(cls, knobs)} if made is not None and dataclasses.is_dataclass(cls) else spec
 
+    def tokenizer(self, spec: Spec) -> Spec:
+        ((name, knobs),) = spec.items()
+        if name not in TOKENIZERS:
+            self.problems.add(
+                ("tokenizer",),
+                f"no tokenizer is called {shown(name)}{nearest(name[:99], TOKENIZERS)} (there is {', '.join(TOKENIZERS)})",
+            )
+            return spec
+        parameters = inspect.signature(TOKENIZERS[name]).parameters
+        place: Place = ("tokenizer", name)
+        if not self.knobs(place, name, knobs, list(parameters)) or not self._fits(place, name, TOKENIZERS[name], knobs):
+            return spec
+        lacking = [n for n, p in parameters.items() if p.default is _NO_DEFAULT and n not in knobs]
+        if lacking:
+            self.problems.add(
+                ("tokenizer",), f"{name} needs {lacking[0]}; write tokenizer: {{{name}: {{{lacking[0]}: ...}}}}"
+            )
+            return spec
+        filled = {n: p.default for n, p in parameters.items() if p.default is not _NO_DEFAULT}
+        return {name: _plain({**filled, **knobs})}
+
     # -- models and streams
 
     def built(self, part: str, spec: Spec) -> Spec:
@@ -302,11 +329,19 @@ class _Check:
             # On the meta device a network has shapes but no memory: a wrong width is found, a huge one costs nothing.
             def make() -> Any:
                 with torch.device("meta"):
-                    return function(inputs=(1, 28, 28), **knobs)
+                    given = {"inputs": (1, 28, 28), "vocab": 64}
+                    return function(**{n: v for n, v in given.items() if n in signature.parameters}, **knobs)
 
             if self._said(place, spec, make) is None:
                 return spec
         filled = {p.name: p.default for p in parameters if p.default is not _NO_DEFAULT}
+        if part == "model" and ":" not in name and (name in LANGUAGE) is not isinstance(self.kind, CausalLM):
+            self.problems.add(
+                place,
+                f"{name} is a language model; write problem: causal-lm, a tokenizer and a stream of texts"
+                if name in LANGUAGE
+                else f"{name} is no language model; write one of {', '.join(LANGUAGE)}",
+            )
         ours_empty = ":" not in name and {**filled, **knobs}.get("outputs") == 0
         if part == "model" and isinstance(self.kind, Regression) and ours_empty:
             self.problems.add(

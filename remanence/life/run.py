@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 
 from remanence.core.errors import BadInput, Refused
+from remanence.core.problem import CausalLM, problem_of
 from remanence.core.rng import seed_of
 from remanence.data import Request, Stream
+from remanence.data.tokenizers import TOKENIZERS
+from remanence.data.tokens import tokenised_stream
 from remanence.life.home import begun, delete, unlived
 from remanence.life.life import Life
 from remanence.life.plan import Plan, load_plan
@@ -20,16 +24,16 @@ from remanence.train.update import Progress
 After = Callable[[Life], None]
 
 
-def model_and_data(path: str | Path, allow_code: bool = False) -> tuple[Callable[[int], nn.Module], Stream]:
-    """The model's builder and the stream that a plan names."""
+def model_and_data(path: str | Path, allow_code: bool = False) -> tuple[Callable[[int], nn.Module], Stream, Any]:
+    """The model's builder, the stream and the tokenizer (or None) that a plan names."""
     return _made(load_plan(Path(path), allow_code=allow_code))
 
 
-def _made(plan: Plan) -> tuple[Callable[[int], nn.Module], Stream]:
+def _made(plan: Plan) -> tuple[Callable[[int], nn.Module], Stream, Any]:
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)  # the same bits ask for the same number of threads
     stream = build_stream(plan)
-    return model_builder(plan, stream), stream
+    return model_builder(plan, stream), stream, build_tokenizer(plan)
 
 
 def build_stream(plan: Plan) -> Stream:
@@ -45,7 +49,28 @@ def build_stream(plan: Plan) -> Stream:
         raise plan.error(("stream",), str(error)) from error
     if not isinstance(made, Stream):
         raise plan.error(("stream",), f"the function gave a {type(made).__name__}; a stream is a remanence.data.Stream")
-    return made
+    tokenizer, problem = build_tokenizer(plan), problem_of(plan.problem)
+    if tokenizer is None or not isinstance(problem, CausalLM):
+        return made
+    try:
+        return tokenised_stream(made, tokenizer, problem)
+    except BadInput as error:
+        raise plan.error(("stream",), str(error)) from error
+
+
+def build_tokenizer(plan: Plan) -> Any:
+    """The plan's tokenizer; None without one.
+
+    Raises:
+        PlanError: it cannot be made.
+    """
+    if plan.tokenizer is None:
+        return None
+    ((name, knobs),) = plan.tokenizer.items()
+    try:
+        return TOKENIZERS[name](**knobs)
+    except BadInput as error:
+        raise plan.error(("tokenizer",), str(error)) from error
 
 
 def model_builder(plan: Plan, stream: Stream) -> Callable[[int], nn.Module]:
@@ -55,10 +80,15 @@ def model_builder(plan: Plan, stream: Stream) -> Callable[[int], nn.Module]:
         PlanError: (when called) the function that the plan names gives no network.
     """
     function, knobs = plan.factory("model")
-    shape = tuple(stream[0].train["x"].shape[1:])
+    takes = inspect.signature(function).parameters
+    known: dict[str, Any] = {}
+    if "x" in stream[0].train.columns:
+        known["inputs"] = tuple(stream[0].train["x"].shape[1:])
+    elif "vocab" in takes:
+        known["vocab"] = len(build_tokenizer(plan))
 
     def build(seed: int) -> nn.Module:
-        made = function(inputs=shape, **{**knobs, "seed": seed_of(seed, "model") % 2**31})
+        made = function(**known, **{**knobs, "seed": seed_of(seed, "model") % 2**31})
         if not isinstance(made, nn.Module):
             raise plan.error(("model",), f"the function gave a {type(made).__name__}; a model is a torch module")
         return made
@@ -115,12 +145,14 @@ def open_plan(
                 f"{folder} holds another life; choose another --home, or delete it first (remanence delete {folder})"
             )
     if begun(folder):
-        builder, stream = _made(plan)
-        return Life.resume(folder, builder, stream, progress=progress, references=references), plan, stream
-    builder, stream = _made(plan)
+        builder, stream, tokenizer = _made(plan)
+        life = Life.resume(folder, builder, stream, tokenizer=tokenizer, progress=progress, references=references)
+        return life, plan, stream
+    builder, stream, tokenizer = _made(plan)
     life = Life(
         builder,
         problem=plan.problem,
+        tokenizer=tokenizer,
         learner=plan.learner,
         keep=plan.keep,
         where=plan.where,

@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from remanence.core.ids import Ids
-from remanence.core.problem import Classification
 from remanence.life.erasing import receipt_from
 from remanence.life.ledger import Row
 from remanence.life.references import kept_bytes
@@ -33,7 +32,7 @@ def summary(life: Life) -> dict[str, Any]:
     lived = len(rows) + life._ledger.get_current("repeated", 0)  # a repeated request of the plan is no event of its own
     tasks = {row.body["task"]["id"]: row.body["task"]["names"] for row in rows if row.kind == "learn"}
     columns = list(tasks)
-    told = isinstance(life.problem, Classification)
+    told = life.problem.main == "accuracy"
     matrix = [[row.body["accuracy"].get(str(task)) for task in columns] for row in rows]  # of a regression: mse
     return {
         "name": born["name"],
@@ -43,7 +42,7 @@ def summary(life: Life) -> dict[str, Any]:
         "content_digest": life.content_digest(),
         "events": [_event(life, row) for row in rows],
         "tasks": [{"id": task, "names": names} for task, names in tasks.items()],
-        "score": "accuracy" if told else "mse",
+        "score": life.problem.main,
         "matrix": matrix,
         "summary": _figures(rows, columns) if told else {},
         "forgotten": _forgotten(rows),

@@ -198,6 +198,34 @@ def timm(
     return seeded(seed, lambda: from_timm(inputs, name, pretrained, outputs, size, mean, std), weights)
 
 
+def llama(
+    vocab: int,
+    hidden: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    ffn: int = 0,
+    context: int = 512,
+    tie: bool = True,
+    seed: int = 0,
+    weights: str | None = None,
+) -> nn.Module:
+    """A small causal language model of the Llama architecture: see `remanence.models.language.llama`. Needs
+    ``pip install remanence[llm]``."""
+    from remanence.models import language
+
+    return language.llama(vocab, hidden, layers, heads, ffn, context, tie, seed, weights)
+
+
+def causal_lm(
+    name: str, pretrained: bool = True, revision: str = "main", seed: int = 0, weights: str | None = None
+) -> nn.Module:
+    """A causal language model of the library transformers: see `remanence.models.language.causal_lm`. Needs
+    ``pip install remanence[llm]``."""
+    from remanence.models import language
+
+    return language.causal_lm(name, pretrained, revision, seed, weights)
+
+
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a network's weights to a file for the knob `weights`: see `remanence.models.weights.save_weights`."""
     from remanence.models import weights
@@ -205,7 +233,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     weights.save_weights(model, path)
 
 
-#: Models that a plan can name; the keyword arguments but `inputs` and `seed` are the knobs.
+#: Models that a plan can name; the keyword arguments but `inputs`, `vocab` and `seed` are the knobs.
 MODELS: dict[str, Callable[..., Any]] = {
     "mlp": mlp,
     "cnn": cnn,
@@ -215,4 +243,8 @@ MODELS: dict[str, Callable[..., Any]] = {
     "identity": identity,
     "transformers": transformers,
     "timm": timm,
+    "llama": llama,
+    "causal-lm": causal_lm,
 }
+#: Those that speak; they take no `inputs`, and `vocab` where they are not pretrained.
+LANGUAGE = ("llama", "causal-lm")

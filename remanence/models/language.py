@@ -70,7 +70,7 @@ def causal_lm(
         weights: a file of weights to begin with.
     """
     library: Any = transformers()
-    _folder(name)
+    check_folder(name)
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     loader = library.AutoModelForCausalLM
 
@@ -90,7 +90,8 @@ def causal_lm(
     return seeded(seed, build, weights)
 
 
-def _folder(name: str) -> None:
+def check_folder(name: str) -> None:
+    """Refuse a path that is no folder; another name is one of the hub."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise BadInput(f"{name} is no folder; give the folder of a saved model, or its name on the Hugging Face hub")
 

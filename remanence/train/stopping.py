@@ -51,8 +51,11 @@ class Stopping:
     def over(self, u: Update) -> bool:
         """Look at the epoch that has just ended; whether it was the last."""
         with torch.no_grad():
-            y = self.rows["y"].to(u.device)
-            loss = float(u.problem.loss(Out(u.outputs(self.rows)), {"y": y}, u.classes.seen if u.columns else None))
+            if "y" in self.rows.columns:
+                y = self.rows["y"].to(u.device)
+                loss = float(u.problem.loss(Out(u.outputs(self.rows)), {"y": y}, u.classes.seen if u.columns else None))
+            else:
+                loss = float(u.scores(self.rows)["loss"].double().mean())
         if loss < self.best:
             self.best, self.waited = loss, 0
             self.weights = {name: value.detach().clone() for name, value in u.model.state_dict().items()}

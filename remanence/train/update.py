@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from remanence.core.errors import BadInput, NotFinite
 from remanence.core.ids import Ids
-from remanence.core.problem import Batch, Classification, Out, Problem
+from remanence.core.problem import TOKENS, Batch, Classification, Out, Problem
 from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Task
 from remanence.nn.anatomy import evaluating, head, module_bytes, reinitialised
@@ -115,13 +115,15 @@ class Context:
             yield
 
     def batches(self, examples: Examples, batch_size: int = 256) -> Iterator[Batch]:
-        """`examples` in order, in batches on the device."""
+        """`examples` in order, in batches on the device; of texts in batches of at most 16,384 places."""
+        if TOKENS[0] in examples.columns:
+            batch_size = min(batch_size, max(1, 2**14 // examples[TOKENS[0]].shape[1]))
         for rows in torch.arange(len(examples)).split(batch_size):
             batch = self.problem.compact(examples.batch(rows))
             yield {name: column.to(self.device) for name, column in batch.items()}
 
     def outputs(self, examples: Examples, batch_size: int = 1024) -> Tensor:
-        """The life's answers (N, C) to `examples`, whose `y` are head columns, in eval mode."""
+        """The life's answers (N, C) to `examples`, whose `y` are head columns, in eval mode; (M, V) at the M targets of texts."""
         with self.aside():
             found = [self.owner.predict(self, batch).logits for batch in self.batches(examples, batch_size)]
         return torch.cat(found) if found else torch.empty(0, max(1, self.columns))
@@ -140,8 +142,19 @@ class Context:
             self.found[id(examples)] = examples, self._scores(examples)
         return self.found[id(examples)][1]
 
+    def scores(self, examples: Examples) -> dict[str, Tensor]:
+        """Each of the problem's scores of each of `examples` (N,), whose `y` (if they have any) are head columns."""
+        found: dict[str, list[Tensor]] = {}
+        with self.aside():
+            for batch in self.batches(examples, 1024):
+                for name, value in self.problem.score(self.owner.predict(self, batch), batch, self.classes.seen).items():
+                    found.setdefault(name, []).append(value)
+        return {name: torch.cat(values) for name, values in found.items()}
+
     def _scores(self, examples: Examples) -> dict[str, float]:
         ready = self.mapped(examples)
+        if "y" not in ready.columns:
+            return {name: float(value.mean()) for name, value in self.scores(ready).items()}
         logits, y = self.outputs(ready), ready["y"].to(self.device)
         if not y.is_floating_point() and bool((y < 0).any()):  # a class never seen is never answered rightly
             known = y >= 0

@@ -8,10 +8,10 @@ import torch
 
 from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
-from remanence.core.problem import Regression
+from remanence.core.problem import CausalLM, Regression
 from remanence.core.rng import generator
 from remanence.data import Examples, cat
-from remanence.measure.attacks import ATTACKS, audit, match_nonmembers
+from remanence.measure.attacks import ATTACKS, auc, audit, match_nonmembers, tpr_at_fpr
 from remanence.train.roles import Metric
 from remanence.train.update import Context
 
@@ -42,6 +42,8 @@ class Membership(Metric):
         trains = [task.train.without(gone) for task in tasks]
         if not any(len(train) for train in trains):
             return {}
+        if isinstance(c.problem, CausalLM):
+            return self._text(c, [train for train in trains if len(train)], [task.strangers for task in tasks])
         members, at = _joined(c, trains, [task.id for task in tasks])
         pool, pool_at = _joined(c, [task.test for task in tasks], [task.id for task in tasks])
         regression = isinstance(c.problem, Regression)
@@ -62,6 +64,23 @@ class Membership(Metric):
         )
         found = audit(inside, member["y"], outside, other["y"], [attack], [self.fpr])[attack]
         return {"membership" if name == "auc" else f"membership/{name}": value for name, value in found.items()}
+
+    def _text(self, c: Context, trains: list[Examples], strangers: list[Examples | None]) -> dict[str, float]:
+        """By each row's own loss, against rows that nobody learned."""
+        others = {id(part): part for part in strangers if part is not None and len(part)}
+        if not others:
+            return {}
+        members = cat(trains)
+        some = torch.randperm(len(members), generator=generator(0, "membership"))[: self.subset].sort().values
+        inside, outside = (
+            (-c.scores(part)["loss"]).double().cpu().numpy()
+            for part in (members.select(some), cat(list(others.values())))
+        )
+        rate = tpr_at_fpr(inside, outside, self.fpr)
+        return {
+            "membership": auc(inside, outside).value,
+            **({} if rate is None else {f"membership/tpr@{self.fpr}": rate}),
+        }
 
 
 def _joined(c: Context, parts: list[Examples], tasks: list[int]) -> tuple[Examples, torch.Tensor]:
