@@ -220,6 +220,11 @@ class CausalLM(Problem):
 TOKENS = ("input_ids", "attention_mask", "labels")
 
 
+def padded(name: str, column: Tensor, width: int) -> Tensor:
+    """A column of one value per token, (B, L), as (B, width): what is added is no target."""
+    return F.pad(column, (0, width - column.shape[1]), value=-100 if name == "labels" else 0)
+
+
 def targets(batch: Batch) -> tuple[Tensor, Tensor]:
     """Of the M targets of a batch of text, row by row: the row of each (M,), and the token that is right there (M,)."""
     labels = batch["labels"][:, 1:]

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
-from remanence.core.problem import TOKENS
+from remanence.core.problem import TOKENS, padded
 from remanence.data.rows import Rows
 
 View = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -203,11 +202,6 @@ def cat_batches(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str
         ]
         joined["weight"] = torch.cat(ones)
     return joined
-
-
-def padded(name: str, column: Tensor, width: int) -> Tensor:
-    """A column of one value per token, (B, L), as (B, width): what is added is no target."""
-    return F.pad(column, (0, width - column.shape[1]), value=-100 if name == "labels" else 0)
 
 
 def _chunks(column: Tensor) -> Iterator[Tensor]:

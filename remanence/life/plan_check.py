@@ -197,10 +197,10 @@ class _Check:
         made = self._said(place, spec, lambda: cls(**knobs))
         if made is not None:
             self._said(place, spec, lambda: check_fits([made], self.kind))
-            if isinstance(self.kind, Regression) and "class-balanced" in _policies(made):
+            if not isinstance(self.kind, Classification) and "class-balanced" in _policies(made):
                 self.problems.add(
                     place,
-                    f"{slug} shares its buffer out by classes, and a regression has none; write {{{slug}: {{policy: reservoir, capacity: 200}}}}",
+                    f"{slug} shares its buffer out by classes, and a {next(iter(self.kind.spec()))} has none; write {{{slug}: {{policy: reservoir, capacity: 200}}}}",
                 )
         return {slug: _filled(cls, knobs)}, made
 

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
+from remanence.core.problem import TOKENS as _TOKENS
+from remanence.core.problem import padded
 
 POLICIES = ("reservoir", "class-balanced")
+TOKENS = set(_TOKENS)
 
 
 class Buffer:
@@ -54,11 +57,12 @@ class Buffer:
 
     @torch.no_grad()
     def add(self, columns: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-        """Offer B rows, in order. columns: {name: (B, ...)} with at least ``y`` and ``id``, the same names, dtypes and
-        row shapes every time.
+        """Offer B rows, in order. columns: {name: (B, ...)} with at least ``id`` (and ``y`` where the policy looks at it), the
+        same names, dtypes and row shapes every time; rows of text may differ in length, and are kept as wide as the longest.
 
         Returns (B,) bool, True for the rows that are in the buffer now because of this call. Raises BadInput.
         """
+        columns = self._fitted(columns)
         rows = self._check(columns)
         kept = torch.zeros(rows, dtype=torch.bool)
         fresh = self._fresh(columns["id"].cpu())
@@ -201,13 +205,30 @@ class Buffer:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _fitted(self, columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`columns` with rows of text as wide as those here, which are widened where they are narrower."""
+        if not self._columns or not TOKENS & columns.keys() & self._columns.keys():
+            return columns
+        made = dict(columns)
+        for name in TOKENS & columns.keys() & self._columns.keys():
+            old, new = self._columns[name], columns[name]
+            if old.shape[1] < new.shape[1]:
+                self._columns[name] = padded(name, old, new.shape[1])
+                self._columns[name][self._size :] = 0  # storage without a row is zeros, whatever padding is
+                old.zero_()
+            elif old.shape[1] > new.shape[1]:
+                made[name] = padded(name, new, old.shape[1])
+        return made
+
     def _check(self, columns: Mapping[str, Tensor]) -> int:
-        if not {"y", "id"} <= columns.keys():
-            raise BadInput(f"rows need the columns 'y' and 'id', got {sorted(columns)}")
+        needed = ("id",) if self.policy == "reservoir" else ("y", "id")  # a reservoir looks at no label
+        if not set(needed) <= columns.keys():
+            raise BadInput(
+                f"rows need the columns {' and '.join(map(repr, needed))}, got {sorted(columns)}"
+                + ("; texts have no classes: use policy='reservoir' with a capacity" if "input_ids" in columns else "")
+            )
         rows = len(columns["id"])
-        for name in ("y", "id"):
-            if name == "y" and self.policy == "reservoir":  # which any target may be kept in
-                continue
+        for name in needed:
             if columns[name].dim() != 1 or columns[name].dtype.is_floating_point:
                 raise BadInput(
                     f"column {name!r} must be (B,) integers, got {columns[name].dtype} {tuple(columns[name].shape)}"
