@@ -9,7 +9,7 @@ from torch import Tensor
 
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
-from remanence.nn.anatomy import features
+from remanence.nn.anatomy import head
 from remanence.nn.distances import mse
 from remanence.train.roles import Keeper
 from remanence.train.update import Update
@@ -42,7 +42,7 @@ class FeatureDistill(Keeper):
         if self._teacher is None:
             return None
         with torch.no_grad():
-            target = features(self._teacher, batch["x"])
+            target = u.problem.forward(self._teacher, batch, head(self._teacher)).features
         found = u.out(batch, features=True).features
-        assert found is not None
+        assert found is not None and target is not None
         return self.strength * mse(found, target, reduce="sum").mean()

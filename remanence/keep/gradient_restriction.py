@@ -10,6 +10,7 @@ from torch import Tensor
 from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
 from remanence.core.problem import Batch
+from remanence.nn.anatomy import twice_differentiable
 from remanence.train.roles import Keeper
 from remanence.train.update import Update
 
@@ -40,6 +41,7 @@ class GradientRestriction(Keeper):
             raise BadInput(
                 "gradient-restriction differentiates twice, which a compiled forward cannot; use compile=False"
             )
+        u.enter(twice_differentiable())
 
     def loss(self, u: Update, batch: Batch) -> Tensor | None:
         if u.kind != "learn":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from remanence.core.errors import BadInput, UnknownName, nearest
 
@@ -108,6 +109,11 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
     for p in made.parameters():
         p.grad = None
     return made
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """In it attention is computed by operations whose derivatives can be derived again; fused kernels know only the first."""
+    return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from remanence.core.errors import BadInput
 from remanence.core.problem import Batch, Out, Problem
-from remanence.nn.anatomy import evaluating
+from remanence.nn.anatomy import evaluating, twice_differentiable
 from remanence.nn.fisher import _wide
 
 Product = Callable[[Tensor], Tensor]
@@ -55,7 +55,7 @@ def curvature(
     def product(vector: Tensor) -> Tensor:
         along = list(unflat(vector, params).values())
         total, count = torch.zeros_like(vector), 0
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad(), twice_differentiable():
             for batch in batches():
                 logits = problem.forward(model, batch).logits
                 if kind == "hessian":

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from remanence import catalogue
 from remanence.core.errors import BadInput
 from remanence.core.knobs import build
-from remanence.core.problem import Classification, Problem, Regression
+from remanence.core.part import Part
+from remanence.core.problem import CausalLM, Classification, Problem, Regression
 from remanence.train.roles import Keeper, Method
 
 M = TypeVar("M", bound=Method)
@@ -72,11 +73,24 @@ def check_fits(methods: Sequence[Method], problem: Problem) -> None:
             (p for p in catalogue.every() if p.name == type(method).__name__ and p.module == type(method).__module__),
             None,
         )
-        for need, kind, what in (("class-head", Classification, "classes"), ("regression", Regression, "real targets")):
-            if part is not None and need in part.needs and not isinstance(problem, kind):
-                name = type(problem).__name__.lower()
-                others = [p.slug for p in catalogue.parts(part.verb, part.kind, without=need)]
-                raise BadInput(f"{part.slug} needs {what}, and a {name} has none; there is {', '.join(others)}")
+        what = None if part is None else _lacking(part, problem)
+        if part is not None and what is not None:
+            name = next(iter(problem.spec()))
+            others = [p.slug for p in catalogue.parts(part.verb, part.kind) if _lacking(p, problem) is None]
+            raise BadInput(f"{part.slug} needs {what}, and a {name} has none; there is {', '.join(others)}")
+
+
+def _lacking(part: Part, problem: Problem) -> str | None:
+    """What the part needs and the problem lacks, in words; None: nothing."""
+    for need, kinds, what in (
+        ("class-head", Classification, "classes"),
+        ("regression", Regression, "real targets"),
+        ("one-answer", Classification | Regression, "one answer per example"),
+        ("causal-lm", CausalLM, "texts"),
+    ):
+        if need in part.needs and not isinstance(problem, kinds):
+            return what
+    return None
 
 
 def check_keepers(keepers: Sequence[Keeper]) -> None:
