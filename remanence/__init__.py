@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 _NAMES = {
     "Life": "remanence.life.life:Life",
     "guard": "remanence.train.guard:guard",
+    "protect": "remanence.train.trainer:protect",
     "Request": "remanence.data:Request",
     "Ids": "remanence.core.ids:Ids",
+    "CausalLM": "remanence.core.problem:CausalLM",
     "Classification": "remanence.core.problem:Classification",
     "Regression": "remanence.core.problem:Regression",
     "parts": "remanence.catalogue:parts",
@@ -22,12 +24,14 @@ if TYPE_CHECKING:
     from remanence import data, forget, keep, learn, measure, models, testing, where
     from remanence.catalogue import parts
     from remanence.core.ids import Ids
-    from remanence.core.problem import Classification, Regression
+    from remanence.core.problem import CausalLM, Classification, Regression
     from remanence.data import Request
     from remanence.life.life import Life
     from remanence.train.guard import guard
+    from remanence.train.trainer import protect
 
 __all__ = [
+    "CausalLM",
     "Classification",
     "Ids",
     "Life",
@@ -41,6 +45,7 @@ __all__ = [
     "measure",
     "models",
     "parts",
+    "protect",
     "testing",
     "where",
 ]

@@ -61,6 +61,9 @@ PARTS: tuple[Part, ...] = (
     Part("saliency", "where", "method", "mask", "remanence.where.saliency:Saliency", ("salun",), "SalUn, 2024, arXiv 2310.12508", ("labels",)),
     Part("hft", "where", "method", "parameter-isolation", "remanence.where.hft:HFT", ("hft",), "HFT: Half Fine-Tuning for Large Language Models, 2024, arXiv 2404.18466", ()),
     Part("lora", "where", "method", "adapter", "remanence.where.lora:LoRA", (), "LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685", ()),
+    Part("loramoe", "where", "method", "adapter", "remanence.where.loramoe:LoRAMoE", ("loramoe",), "LoRAMoE: Revolutionizing Mixture of Experts for Maintaining World Knowledge in Language Model Alignment, 2024, arXiv 2312.09979", ()),
+    Part("mora-cl", "where", "method", "adapter", "remanence.where.mora_cl:MoRA", ("mora-cl",), "Little By Little: Continual Learning via Self-Activated Sparse Mixture-of-Rank Adaptive Learning, 2025, arXiv 2506.21035", ("borders",)),
+    Part("kore", "where", "method", "adapter", "remanence.where.kore:KORE", ("kore",), "KORE: Enhancing Knowledge Injection for Large Multimodal Models via Knowledge-Oriented Augmentations and Constraints, 2026, arXiv 2510.19316", ("borders", "old-data")),
     # forget
     Part("retrain", "forget", "method", "exact", "remanence.forget.retrain:Retrain", (), "the definition of exact unlearning: Machine Unlearning, 2021, arXiv 1912.03817", ("retain-data", "lineage")),
     Part("catastrophic", "forget", "method", "finetuning", "remanence.forget.catastrophic:Catastrophic", (), "Eternal Sunshine of the Spotless Net, 2020, arXiv 1911.04933", ("labels", "retain-data")),

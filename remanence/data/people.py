@@ -36,8 +36,8 @@ class Fact:
 
 _TOWNS = """Arlund Bexholm Cardrow Dunvale Elmsgate Farrowick Glenfirth Hexmoor Inverlow Juniperton Kestrel_Bay Larkspire Mosswater
 Northgarth Oakenfell Pinebridge Quarrydown Rookhaven Saltmarsh Thistledon Umberford Violet_Hill Wrenfield Yarrowby"""
-_JOBS = """baker beekeeper blacksmith carpenter dentist engineer farmer florist glazier judge librarian mason midwife optician painter
-pilot plumber potter sailor shepherd tailor teacher translator watchmaker"""
+_JOBS = """baker beekeeper blacksmith carpenter dentist farmer florist glazier judge librarian mason miller painter pilot plumber potter
+roofer sailor shepherd surveyor tailor teacher translator watchmaker"""
 _GENRES = """biography children's_books comedy cookery_books crime_novels fairy_tales fantasy ghost_stories historical_novels horror
 love_stories memoirs nature_writing philosophy poetry satire science_fiction sea_stories tragedy travel_writing"""
 _INSTRUMENTS = """accordion bagpipes banjo bassoon cello clarinet cornet drums flute guitar harp mandolin oboe organ piano recorder

@@ -31,10 +31,14 @@ from remanence.data.instances import instance_incremental
 from remanence.data.mapped import memmap
 from remanence.data.nevis import dated
 from remanence.data.omniglot import omniglot
+from remanence.data.people import general_text, people, people_stream
 from remanence.data.recurring import power_law, recurring, si_blurry
-from remanence.data.stream import Stream
+from remanence.data.stream import Stream, Task
+from remanence.data.styles import styled
 from remanence.data.tables import csv, npz
+from remanence.data.text import text, text_stream
 from remanence.data.transformed import blurry, permuted, rotated
+from remanence.data.unlearning_sets import muse, rwku, tofu, wmdp
 from remanence.data.vision import core50, core50_stream, imagenet_r, tiny_imagenet
 
 T = TypeVar("T")
@@ -53,11 +57,19 @@ SOURCES: dict[str, Callable[..., Examples]] = {
     "imagenet-r": imagenet_r,
     "core50": core50,
     "omniglot": omniglot,
+    "people": people,
+    "general-text": general_text,
+    "text": text,
+    "tofu": tofu,
+    "muse": muse,
+    "rwku": rwku,
+    "wmdp": wmdp,
 }
 _Vision = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet-r", "core50", "omniglot"]
+_Text = Literal["people", "general-text", "text", "tofu", "muse", "rwku", "wmdp"]
 Source = (
-    Literal["digits"]
-    | dict[Literal["digits", "idx", "csv", "npz", "images", "memmap"] | _Vision, dict[str, Any] | None]
+    Literal["digits", "people", "general-text"]
+    | dict[Literal["digits", "idx", "csv", "npz", "images", "memmap"] | _Vision | _Text, dict[str, Any] | None]
 )
 
 
@@ -231,6 +243,16 @@ def _label_noise(
     return label_noise(stream_of(stream), share, how, seed)
 
 
+def _styled(stream: str | dict[str, dict[str, Any] | None], share: float = 0.2, seed: int = 0) -> Stream:
+    """Training rows in other styles; what a task is measured on stays."""
+    plain = stream_of(stream)
+    tasks = [
+        Task(styled(task.train, share, seed), task.test, task.classes, task.names, task.id, task.strangers)
+        for task in plain
+    ]
+    return Stream(tuple(tasks), plain.scenario, plain.borders, f"{plain.name}, styled")
+
+
 def _nevis(
     sets: str | list[dict[str, Any]],
     size: int | list[int] = 64,
@@ -284,4 +306,7 @@ STREAMS: dict[str, Callable[..., Stream]] = {
     "nevis": _nevis,
     "few-shot": _few_shot,
     "instance-incremental": _instances,
+    "people": people_stream,
+    "text": text_stream,
+    "styled": _styled,
 }

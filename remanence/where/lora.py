@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from remanence.core.errors import BadInput, UnknownName, nearest
+from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
-from remanence.nn.adapters import LowRank, add_low_rank
-from remanence.nn.anatomy import head_name, replace_module
+from remanence.nn.adapters import LowRank, add_low_rank, linear_names
+from remanence.nn.anatomy import replace_module
 from remanence.train.roles import Where
 from remanence.train.update import Update
+from remanence.where.base import head_parameters
 
 
 @dataclass
 class LoRA(Where):
-    """Frozen weights plus trained low-rank changes; the head stays trainable and may grow.
+    """Frozen weights plus trained low-rank changes; the head stays trainable and may grow, but for a language model's.
 
         y = W x + b + (alpha / rank) B A x        A (rank, in) uniform in +-1/sqrt(in), B (out, rank) = 0
 
@@ -39,7 +40,8 @@ class LoRA(Where):
     def structure(self, u: Update) -> dict[str, Any]:
         if any(isinstance(module, LowRank) for module in u.model.modules()):
             return {}
-        return {"names": self._names(u.model), "rank": self.rank, "alpha": self.alpha, "seed": u.seed_of("lora")}
+        names = linear_names(u.model, self.targets, "lora")
+        return {"names": names, "rank": self.rank, "alpha": self.alpha, "seed": u.seed_of("lora")}
 
     def attach(self, model: nn.Module, structure: dict[str, Any]) -> nn.Module:
         return add_low_rank(
@@ -52,8 +54,7 @@ class LoRA(Where):
         ]
         if not adapters:  # a forget run attaches nothing
             raise BadInput("lora: this model has no adapters; learn with where=lora before, or leave it out here")
-        head = head_name(u.model)
-        return adapters + [name for name in u.parameters if name.rpartition(".")[0] == head]
+        return adapters + head_parameters(u)
 
     def merged(self, model: nn.Module) -> nn.Module:
         """A copy of `model` with every adapter added into its layer: the same function, without adapters."""
@@ -62,20 +63,3 @@ class LoRA(Where):
             if isinstance(module, LowRank):
                 model = replace_module(model, name, module.merged())
         return model
-
-    def _names(self, model: nn.Module) -> list[str]:
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        head = head_name(model)
-        if self.targets == "all-linear":
-            names = [name for name in linear if name != head]
-            if not names:
-                raise BadInput("lora: the model has no linear layer but its head, so there is nothing to adapt")
-            return names
-        wanted = [self.targets] if isinstance(self.targets, str) else list(self.targets)
-        found = {want: [name for name in linear if name == want or name.endswith("." + want)] for want in wanted}
-        for want, names in found.items():
-            if not names:
-                raise UnknownName(f"lora: no linear layer is called {want!r}{nearest(want, linear)}")
-            if head in names:
-                raise BadInput(f"lora: {want!r} names the head, which is trained as it is and may grow; leave it out")
-        return [name for name in linear if any(name in names for names in found.values())]

@@ -217,7 +217,7 @@ def test_plans_name_streams_over_sources(tmp_path: Path) -> None:
         assert found.fingerprint() == split_classes(d).fingerprint(), source
     assert set(STREAMS) == {"split-digits", "split-idx", "split-classes", "blurry", "permuted", "rotated", "corrupted",
                             "si-blurry", "recurring", "power-law", "long-tail", "label-noise", "core50", "nevis", "few-shot",
-                            "instance-incremental"}  # fmt: skip
+                            "instance-incremental", "people", "text", "styled"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -254,4 +254,5 @@ def test_wrong_sources(source: Any, error: type[Exception], message: str) -> Non
     with pytest.raises(error, match=message):
         examples_of(source)
     assert set(SOURCES) == {"digits", "idx", "csv", "npz", "images", "memmap", "cifar10", "cifar100", "tiny-imagenet",
-                            "imagenet-r", "core50", "omniglot"}  # fmt: skip
+                            "imagenet-r", "core50", "omniglot", "people", "general-text", "text", "tofu", "muse", "rwku",
+                            "wmdp"}  # fmt: skip
