@@ -99,7 +99,7 @@ def unforgotten(test: Examples, ever: set[Any], left: set[Any]) -> Examples:
 
 @torch.no_grad()
 def complete(model: Any, tokenizer: Any, prompts: Any, tokens: int, problem: CausalLM) -> Any:
-    """The answer to a prompt, or to each of a list: greedy, up to the end token.
+    """The answer to a prompt, or to each of a list: greedy, up to the end token, `tokens` tokens or the end of the context.
 
     Raises:
         BadInput: no prompts, no tokenizer, or a model that cannot generate.
@@ -118,13 +118,14 @@ def complete(model: Any, tokenizer: Any, prompts: Any, tokens: int, problem: Cau
     try:
         for prompt in many:
             ids = ([] if start is None else [start]) + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            if len(ids) + tokens > problem.context:
+            room = min(tokens, problem.context - len(ids))
+            if room < 1:
                 raise BadInput(
-                    f"a prompt of {len(ids)} tokens and {tokens} more do not fit into context={problem.context}"
+                    f"a prompt of {len(ids)} tokens leaves no room for an answer in context={problem.context}"
                 )
             given = torch.tensor([ids], device=device)
             made = model.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False,
+                given, attention_mask=torch.ones_like(given), max_new_tokens=room, do_sample=False,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
             found.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).strip())
