@@ -1,4 +1,4 @@
-# make run | test | test-slow | lint | generated | bench | bench-peers | clean        needs python3 (3.11 or newer), git and make; everything else goes into .venv
+# make run | run-lm | test | test-slow | lint | generated | bench | bench-peers | clean        needs python3 (3.11 or newer), git and make; everything else goes into .venv
 #
 # VENV=path puts the environment elsewhere, PYTHON=python3.12 takes another interpreter, ARGS="..." goes to the command or to pytest.
 
@@ -11,10 +11,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find remanence -type f -not -name '*.pyc' 2>/dev/null)
 
-.PHONY: run test test-slow lint generated bench bench-peers clean
+.PHONY: run run-lm test test-slow lint generated bench bench-peers clean
 
 run: $(VENV)/.user
 	@$(BIN)/remanence run examples/digits.yaml $(ARGS)
+
+run-lm: $(VENV)/.llm
+	@$(BIN)/remanence run examples/authors.yaml $(ARGS)
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -n 2 -q $(ARGS)
@@ -41,6 +44,8 @@ bench: $(VENV)/.dev
 	@$(BIN)/python -m bench.evidence
 	@$(BIN)/python -m bench.learn
 	@$(BIN)/python -m bench.forget
+	@$(BIN)/python -m bench.lm
+	@$(BIN)/python -m bench.language
 	@$(BIN)/python -m bench.table
 
 bench-peers: $(VENV)/.dev $(PEERS)/.done
@@ -65,6 +70,12 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.user: pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
 	@if [ $(VENV)/.dev -nt pyproject.toml ] && [ $(VENV)/.dev -nt constraints.txt ]; then :; else \
 		echo "Installing Remanence (about a minute the first time)" && $(PIP) .; \
+	fi
+	@touch $@
+
+$(VENV)/.llm: pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
+	@if [ $(VENV)/.dev -nt pyproject.toml ] && [ $(VENV)/.dev -nt constraints.txt ]; then :; else \
+		echo "Installing Remanence with its language models (about two minutes the first time)" && $(PIP) '.[llm]'; \
 	fi
 	@touch $@
 

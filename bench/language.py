@@ -38,6 +38,7 @@ SHAKESPEARE, WIKIPEDIA = DATA / "tinyshakespeare" / "input.txt", DATA / "wikitex
 RUNS = Path("runs") / "bench-language"
 CONTEXT = {"domains": 128, "people": 64}
 REPLAY: dict[str, Any] = {"replay": {"policy": "reservoir", "capacity": 100, "batch_size": 8}}
+SLOW: dict[str, Any] = {"capacity": 100, "a_max": 0.9, "gamma": 10.0}
 LORA: dict[str, Any] = {"lora": {"rank": 16, "alpha": 32.0}}
 
 
@@ -71,14 +72,14 @@ def rows() -> list[Row]:
         Row("migu", {"keep": ["migu"]}),
         Row("lt-sft, 5 %", event={"learner": {"lt-sft": {"density": 0.05}}}),
         Row("lcia", {"keep": ["lcia"]}),
-        Row("i-lora, full weights", {"keep": [{"i-lora": {"capacity": 100}}]}, beside="replay"),
+        Row("i-lora, all weights", {"keep": [{"i-lora": {**SLOW}}]}, beside="replay"),
         Row("ama", {"keep": [{"ama": {"alpha": 0.3}}]}),
         Row("lines", {"keep": ["lines"]}),
         Row("lora", event=lora),
         Row("kore", event={"where": [{"kore": {"rank": 16}}], "lr": 5e-3}, beside="lora"),
         Row("loramoe", event={"where": ["loramoe"], "lr": 5e-3}, beside="lora"),
         Row("mora-cl", event={"where": ["mora-cl"], "lr": 5e-3}, beside="lora"),
-        Row("i-lora", {"keep": [{"i-lora": {"capacity": 100}}]}, lora, beside="lora"),
+        Row("i-lora", {"keep": [{"i-lora": {**SLOW}}]}, lora, beside="lora"),
         Row("sefe", {"keep": ["sefe"]}, lora, beside="lora", only=("people",)),
         Row("infinite-lr", event={"schedule": "infinite-lr"}, only=("people",)),
         Row("cpt-rewarm-replay, 5 %", event={"learner": {"cpt-rewarm-replay": {"replay": 0.05}}}),

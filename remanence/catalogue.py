@@ -57,6 +57,8 @@ PARTS: tuple[Part, ...] = (
     Part("cuber", "keep", "method", "projection", "remanence.keep.cuber:CUBER", ("cuber",), "Beyond Not-Forgetting: Continual Learning with Backward Knowledge Transfer, 2022, arXiv 2211.00789", ("borders", "one-answer")),
     Part("hlop", "keep", "method", "projection", "remanence.keep.hlop:HLOP", ("hlop",), "Hebbian Learning based Orthogonal Projection for Continual Learning of Spiking Neural Networks, 2024, arXiv 2402.11984", ("borders", "one-answer")),
     Part("gere", "keep", "method", "replay", "remanence.keep.gere:GeRe", ("gere",), "GeRe: Towards Efficient Anti-Forgetting in Continual Learning of LLM via General Samples Replay, 2025, arXiv 2508.04676", ("stores-examples", "old-data")),
+    Part("i-lora", "keep", "method", "replay", "remanence.keep.i_lora:ILoRA", ("i-lora",), "Analyzing and Reducing Catastrophic Forgetting in Parameter Efficient Tuning, 2024, arXiv 2402.18865", ("stores-examples",)),
+    Part("lcia", "keep", "method", "weight-averaging", "remanence.keep.lcia:LCIA", ("lcia",), "Large Continual Instruction Assistant, 2025, arXiv 2410.10868", ("borders",)),
     # where
     Part("saliency", "where", "method", "mask", "remanence.where.saliency:Saliency", ("salun",), "SalUn, 2024, arXiv 2310.12508", ("labels",)),
     Part("hft", "where", "method", "parameter-isolation", "remanence.where.hft:HFT", ("hft",), "HFT: Half Fine-Tuning for Large Language Models, 2024, arXiv 2404.18466", ()),

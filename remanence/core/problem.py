@@ -232,6 +232,13 @@ def targets(batch: Batch) -> tuple[Tensor, Tensor]:
     return rows, labels[rows, places].long()
 
 
+def target_counts(rows: Batch) -> Tensor:
+    """How many answers each row asks for (B,), float32: its targets, of a text; else one."""
+    if TOKENS[0] in rows:
+        return (rows["labels"][:, 1:] != -100).sum(1).to(torch.float32)
+    return torch.ones(len(rows["id"]), device=rows["id"].device)
+
+
 def _row_mean(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """The mean of `values` (M,) in each of `count` rows; 0 where a row has none."""
     sums = values.new_zeros(count).index_add(0, rows, values)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from remanence.core.ids import Ids
 from remanence.core.knobs import knob
-from remanence.core.problem import TOKENS, Batch, targets
+from remanence.core.problem import TOKENS, Batch, target_counts, targets
 from remanence.core.rng import generator
 from remanence.data import Examples
 from remanence.nn.anatomy import head
@@ -88,7 +88,7 @@ class GeRe(Keeper):
         if not len(self._rows):
             return batch
         rows = {name: column[self._rows.to(column.device)] for name, column in self.buffer.columns.items()}
-        own, general = _targets(batch), _targets(rows)
+        own, general = target_counts(batch), target_counts(rows)
         weight = batch.get("weight", torch.ones_like(own))
         # The mean over all targets becomes the mean of the two means; other keepers' rows, of weight 1, stay comparable.
         half = (own.sum() + general.sum()) / 2
@@ -143,14 +143,7 @@ class GeRe(Keeper):
         with u.aside():
             found = [u.problem.forward(u.model, batch, head(u.model)).features for batch in u.batches(table)]
         self.states = torch.cat([h for h in found if h is not None])
-        self.counts = _targets(rows).to(torch.int64)
-
-
-def _targets(batch: Batch) -> Tensor:
-    """(B,) how many answers each row has: its targets, of a text; else one."""
-    if TOKENS[0] in batch:
-        return (batch["labels"][:, 1:] != -100).sum(1).to(torch.float32)
-    return torch.ones(len(batch["id"]), device=batch["id"].device)
+        self.counts = target_counts(rows).to(torch.int64)
 
 
 def margin_loss(h: Tensor, stored: Tensor, low: Tensor, high: Tensor) -> Tensor:
