@@ -40,6 +40,7 @@ FAMILIES: dict[str, Place] = {
     "bayesian": Place("regularization", "weight", _REGULAR),
     # what comes back
     "replay": Place("replay", "experience", _REPLAY),
+    "data-recipe": Place("replay", "experience", _REPLAY),
     "contrastive-replay": Place("replay", "experience", _REPLAY),
     # how a step is made
     "projection": Place("optimization", "gradient projection", _REGULAR),

@@ -22,7 +22,7 @@ from remanence.life.yaml import Document, Place, shown
 from remanence.models import LANGUAGE
 from remanence.train.resolve import check_fits, check_keepers
 from remanence.train.roles import Forgetter, Keeper, Learner, Method, Metric, Where
-from remanence.train.schedules import SCHEDULES
+from remanence.train.schedules import kind_of
 from remanence.train.settings import Settings
 
 _ROLES: dict[str, type[Method]] = {
@@ -255,7 +255,10 @@ class _Check:
         return len(self.problems.found) == before
 
     def schedule(self, slug: str, knobs: dict[str, Any]) -> Spec:
-        return {slug: _filled(SCHEDULES[slug], knobs)} if slug in SCHEDULES else {slug: knobs}
+        try:
+            return {slug: _filled(kind_of(slug), knobs)}
+        except UnknownName:  # said where the settings are tried
+            return {slug: knobs}
 
     def problem(self, spec: Spec) -> Spec:
         ((slug, knobs),) = spec.items()

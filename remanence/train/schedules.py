@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from remanence import catalogue
 from remanence.core.errors import BadInput, UnknownName, nearest
 from remanence.core.knobs import build, check_knobs, knob
 
@@ -94,6 +95,20 @@ def _between(first: float, second: float, share: float) -> float:
 SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "cosine": Cosine, "linear": Linear, "one-cycle": OneCycle}
 
 
+def kind_of(name: str) -> type[Schedule]:
+    """The schedule called `name`: one of these, or a learner's part of kind ``schedule`` in the catalogue, imported only now.
+
+    Raises:
+        UnknownName: no such schedule.
+    """
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    listed = {part.slug: part for part in catalogue.parts("learn") if part.kind == "schedule"}
+    if name not in listed:
+        raise UnknownName(f"no schedule is called {name!r}{nearest(name, [*SCHEDULES, *listed])}")
+    return listed[name].load()
+
+
 def schedule_of(value: Any) -> Schedule:
     """A Schedule from a Schedule, a name or ``{name: knobs}``.
 
@@ -103,6 +118,4 @@ def schedule_of(value: Any) -> Schedule:
     if isinstance(value, Schedule):
         return value
     name, knobs = next(iter(value.items())) if isinstance(value, Mapping) else (value, {})
-    if name not in SCHEDULES:
-        raise UnknownName(f"no schedule is called {name!r}{nearest(str(name), SCHEDULES)}")
-    return build(SCHEDULES[name], knobs or {}, str(name))  # type: ignore[no-any-return]
+    return build(kind_of(str(name)), knobs or {}, str(name))  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from remanence.core.problem import Classification
 from remanence.data import Examples, split_digits
 from remanence.keep.replay import Replay
 from remanence.learn.finetune import Finetune
-from remanence.measure.metrics.stability_gap import StabilityGap, Trace, fixed_subset
+from remanence.measure.metrics.stability_gap import Dip, StabilityGap, Trace, fixed_subset
 from remanence.models import mlp
 from remanence.train.loop import learn
 from remanence.train.settings import Settings
@@ -162,6 +162,71 @@ def test_bad_input():
         trace.feed(2, {0: 0.5})
     with pytest.raises(BadInput, match=r"\[0, 1\]"):
         trace.feed(4, {0: float("nan")})
+
+
+@pytest.mark.parametrize(
+    "curve, depth, length, area",
+    [
+        ([0.6, 0.7, 0.8, 0.9], 0, 0, 0),  # monotone rise
+        ([0.5, 0.5, 0.5], 0, 0, 0),
+        ([0.3, 0.1, 0.2, 0.5, 0.6], 0.4, 4, 0.9),
+        ([0.3, 0.5, 0.2, 0.4, 0.7], 0.3, 5, 0.6),  # back, and then lower: until it is back after the lowest point
+        ([0.2, 0.6, 0.4, 0.6], 0.3, 2, 0.4),  # the second dip is not as low
+        ([0.4, 0.3], 0.2, 2, 0.3),  # not back yet
+    ],
+)
+def test_dips_of_curves_that_are_known(curve, depth, length, area):
+    dip, every = Dip(0.5), 5
+    trace = Trace()
+    trace.start(0)
+    trace.feed(0, {0: 0.5})
+    trace.start(1)
+    for step, value in enumerate(curve, 1):
+        dip.add(value)
+        trace.feed(step, {0: value, 1: 0.9})
+    assert (dip.depth, dip.length, dip.area) == pytest.approx((depth, length, area))
+    metric = StabilityGap(every=every)
+    metric.trace = Trace()
+    metric.trace.load_state_dict(json.loads(json.dumps(trace.state_dict())))
+    found = metric._figures()
+    assert [found[n] for n in ("depth", "length", "area")] == pytest.approx([depth, length * every, area * every])
+    metric.trace.start(2)  # each event starts from where its tasks are
+    assert "depth" not in metric._figures()
+    metric.trace.feed(99, {0: curve[-1], 1: 0.9, 2: 0.1})
+    assert metric._figures()["depth"] == 0
+
+
+def test_dips_are_means_over_the_earlier_tasks():
+    trace = Trace()
+    for task in (0, 1, 2):
+        trace.start(task)
+        trace.feed(task, dict.fromkeys(range(task + 1), 0.8))
+    trace.feed(3, {0: 0.4, 1: 0.6, 2: 0.1})  # the current task has none
+    found = trace.figures()
+    assert (found["depth"], found["length"], found["area"]) == pytest.approx((0.3, 2, 0.3))
+    trace.drop(0)
+    assert trace.figures()["depth"] == pytest.approx(0.2)
+
+
+def test_the_figures_of_a_language_model(tmp_path):
+    """Facts A, then B by a life: the metric sees A fall while B is learned, and says how deep."""
+    from remanence.core.problem import CausalLM
+    from remanence.data import Task
+    from remanence.life.life import Life
+    from tests.lm import CONTEXT, facts, tiny
+
+    a, b = facts(40, 1, keys=1), facts(40, 2, keys=2, first_id=1000)
+    tasks = [Task(data, data, (), (), at) for at, data in enumerate((a, b))]
+    life = Life(tiny(), problem=CausalLM(context=CONTEXT), measure=[StabilityGap(every=4)], home=tmp_path)
+    settings = {"batch_size": 10, "lr": 5e-3}
+    life.learn(tasks[0], epochs=40, **settings)
+    before = life._context().evaluate(a)["accuracy"]
+    life.learn(tasks[1], epochs=10, **settings)
+    metric = life.metrics[0]
+    found, after = metric._figures(), life._context().evaluate(a)["accuracy"]
+    assert metric.trace.tasks[0].dip.base == pytest.approx(before) and found["depth"] >= before - after > 0.1
+    assert 0 < found["length"] <= 40 and 0 < found["area"] <= 40 * found["depth"]
+    life.close()
 
 
 def test_subset_is_the_same_each_time():
