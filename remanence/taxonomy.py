@@ -44,6 +44,7 @@ FAMILIES: dict[str, Place] = {
     "contrastive-replay": Place("replay", "experience", _REPLAY),
     # how a step is made
     "projection": Place("optimization", "gradient projection", _REGULAR),
+    "gradient-masking": Place("optimization", "gradient projection", _REGULAR),
     "schedule": Place("optimization", "loss landscape", _REGULAR),
     "weight-averaging": Place("optimization", "loss landscape", _REGULAR),
     # what is represented
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Place] = {
     "adapter": Place("representation", "prompts and adapters", _DYNAMIC),
     # which weights there are, and whose
     "sharded": Place("architecture", "modular networks", _DYNAMIC),
+    "sparse-delta": Place("architecture", "parameter allocation", _DYNAMIC),
     "mask": Place("architecture", "parameter allocation", _DYNAMIC),
     "parameter-isolation": Place("architecture", "parameter allocation", _DYNAMIC),
     "sparse-architecture": Place("architecture", "parameter allocation", _DYNAMIC),

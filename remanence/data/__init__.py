@@ -9,6 +9,7 @@ from remanence.data.few_shot import few_shot
 from remanence.data.folders import images
 from remanence.data.gather import dataset, huggingface
 from remanence.data.instances import instance_incremental
+from remanence.data.language_streams import horizontal, vertical
 from remanence.data.mapped import memmap
 from remanence.data.nevis import dated
 from remanence.data.omniglot import omniglot
@@ -48,6 +49,7 @@ __all__ = [
     "digits",
     "few_shot",
     "general_text",
+    "horizontal",
     "huggingface",
     "idx",
     "imagenet_r",
@@ -80,4 +82,5 @@ __all__ = [
     "tofu",
     "wmdp",
     "tokenised",
+    "vertical",
 ]

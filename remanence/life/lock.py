@@ -94,8 +94,9 @@ class Lock:
         self.release()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.release()
+        if contextlib is not None:  # at the interpreter's end, modules are gone already
+            with contextlib.suppress(Exception):
+                self.release()
 
 
 if sys.platform == "win32":  # pragma: no cover

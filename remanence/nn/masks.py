@@ -1,17 +1,22 @@
 """Update masks: which entries of the weights may move, and the guarantee that the others do not.
 
 Masking a gradient is not enough: momentum, Adam's moments and weight decay move a weight whose gradient is zero.
-:class:`Restore` therefore puts the masked-out entries back after the optimizer step, bit for bit.
+:class:`Restore` therefore puts the masked-out entries back after the optimizer step, bit for bit. Masks that are made
+anew for every step do the same in two halves: :func:`mask_gradients` before the step, so that the optimizer's moments
+see only what may move, and :func:`undo_masked` after it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from remanence.core.errors import BadInput, NotFinite
+from remanence.core.packing import packed
+from remanence.core.problem import Batch, CausalLM, Problem
 
 
 def top_fraction(scores: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
@@ -25,13 +30,19 @@ def top_fraction(scores: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
     """
     if not 0.0 <= rho <= 1.0:
         raise BadInput(f"rho must be in [0, 1], got {rho}")
+    return top_entries(scores, int(rho * sum(score.numel() for score in scores.values())))
+
+
+def top_entries(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
+    """:func:`top_fraction` with the number of entries in place of their share."""
     if not scores:
         return {}
     flat = torch.cat([score.detach().reshape(-1) for score in scores.values()])
     if bool(torch.isnan(flat).any()):
         raise NotFinite("a score is NaN: no ranking exists")
     count = flat.numel()
-    keep = int(rho * count)
+    if not 0 <= keep <= count:
+        raise BadInput(f"keep must be in [0, {count}], got {keep}")
     if keep in (0, count):
         chosen = torch.full((count,), keep > 0, dtype=torch.bool, device=flat.device)
     else:
@@ -41,6 +52,47 @@ def top_fraction(scores: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
         chosen[ties[: keep - int(chosen.sum())]] = True
     parts = torch.split(chosen, [score.numel() for score in scores.values()])
     return {name: part.reshape(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def above_quantile(scores: Tensor, tau: float) -> Tensor:
+    """Which of `scores` (n,) are at least their `tau` quantile, tau in [0, 1]: (n,) bool; all that are equal to it are in.
+
+    0 keeps all, 1 the largest. The same as comparing with an interpolated quantile, for no score lies between two that are
+    neighbours; n is not limited.
+    """
+    at = math.ceil(tau * (scores.numel() - 1) - 1e-9)
+    return scores >= torch.kthvalue(scores, at + 1).values
+
+
+def token_places(problem: Problem, batch: Batch) -> Tensor | None:
+    """Which places of the forward of a batch of text hold a token, and no padding: (rows, places) bool as the forward lays
+    them out; None where there is no text."""
+    if not isinstance(problem, CausalLM) or "attention_mask" not in batch:
+        return None
+    there = batch["attention_mask"]
+    if not problem.packing:
+        return there
+    ids, at, _ = packed(batch, there)
+    return torch.zeros(ids.shape, dtype=torch.bool, device=ids.device).index_put(at, there.new_ones(()))
+
+
+@torch.no_grad()
+def mask_gradients(params: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Make the gradient of masked-out entries zero, in place. masks: {name: bool tensor that broadcasts to the
+    parameter}, True where the entry may move; parameters without one, or without a gradient, are left alone."""
+    for name, mask in masks.items():
+        param = params.get(name)
+        if param is not None and param.grad is not None:
+            param.grad.mul_(mask)
+
+
+@torch.no_grad()
+def undo_masked(params: Mapping[str, Tensor], before: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Give masked-out entries their value in `before` back, in place and bit for bit; masks as in
+    :func:`mask_gradients`."""
+    for name, mask in masks.items():
+        if name in params:
+            params[name].copy_(torch.where(mask, params[name], before[name]))
 
 
 class Restore:

@@ -11,7 +11,7 @@ from torch import nn
 
 from remanence.core.errors import BadInput
 from remanence.core.knobs import knob
-from remanence.nn.adapters import LowRank
+from remanence.nn.adapters import Adapter
 from remanence.nn.anatomy import head_name, norm_modules, weighted_modules
 from remanence.train.roles import Where
 from remanence.train.update import Update
@@ -91,9 +91,9 @@ class HFT(Where):
                 raise BadInput(
                     f"hft: {name} holds several matrices in one; split it first, or use granularity='layer' or 'model'"
                 )
-            if isinstance(module, LowRank):
+            if isinstance(module, Adapter):
                 raise BadInput(
-                    "hft: the model has low-rank adapters, of which a half means nothing; use one of the two"
+                    "hft: the model has adapters, of which a half means nothing; use one of the two"
                 )
         head = head_name(model)
         return [n for n, m in weighted_modules(model).items() if n != head and not isinstance(m, nn.Embedding)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from remanence.core.errors import BadInput, NotFinite
-from remanence.nn.masks import Restore, top_fraction
+from remanence.nn.masks import Restore, above_quantile, mask_gradients, top_entries, top_fraction, undo_masked
 
 
 def scores(seed=0):
@@ -109,3 +111,42 @@ def test_wrong_masks():
     for masks in ({"v": torch.ones(4, dtype=torch.bool)}, {"w": torch.ones(3, dtype=torch.bool)}, {"w": torch.ones(4)}):
         with pytest.raises(BadInput):
             Restore(params, masks)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.5, 0.7, 0.95, 1.0])
+def test_rows_above_the_quantile(size, tau):
+    """As torch's interpolated quantile has it; scale and L1 norm play no part; all of equals."""
+    m = torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    kept = above_quantile(m, tau)
+    assert torch.equal(kept, m >= torch.quantile(m, tau) - 1e-12)
+    assert int(kept.sum()) == size - math.ceil(tau * (size - 1) - 1e-9) and kept[m.argmax()]
+    assert torch.equal(kept, above_quantile(m / m.sum(), tau)) and torch.equal(kept, above_quantile(1e6 * m, tau))
+    assert bool(above_quantile(torch.zeros(size), tau).all())
+
+
+def test_the_two_halves_of_a_mask():
+    """Gradients become zero, and what moved goes back, sign of zero and all; unmasked parameters are left alone."""
+    p, q = nn.Parameter(torch.tensor([[1.0, -0.0], [3.0, 4.0]])), nn.Parameter(torch.ones(2))
+    params, rows = {"p": p, "q": q}, {"p": torch.tensor([[False], [True]]), "gone": torch.tensor([True])}
+    mask_gradients(params, rows)
+    assert p.grad is None
+    p.grad, q.grad = torch.ones(2, 2), torch.ones(2)
+    mask_gradients(params, rows)
+    assert p.grad.tolist() == [[0, 0], [1, 1]] and q.grad.tolist() == [1, 1]
+    before = {name: value.detach().clone() for name, value in params.items()}
+    with torch.no_grad():
+        p.add_(1)
+        q.add_(1)
+    undo_masked(params, before, rows)
+    assert p.tolist() == [[1, 0], [4, 5]] and bool(p.detach()[0, 1].signbit()) and q.tolist() == [2, 2]
+
+
+def test_a_number_of_entries():
+    scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([[2.0, 3.0]])}
+    assert {k: m.tolist() for k, m in top_entries(scores, 3).items()} == {"a": [True, False], "b": [[True, True]]}
+    assert top_entries({}, 0) == {}
+    with pytest.raises(BadInput):
+        top_entries(scores, 5)
+    with pytest.raises(NotFinite):
+        top_entries({"a": torch.tensor([float("nan")])}, 1)
