@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ class Finetune(Learner):
 
     Pick it with a keeper beside it; alone it forgets. Needs: labels or targets.
     """
+
+    #: For texts, which have no competing columns, the objective is a mean over targets.
+    by_rows: ClassVar[bool] = True
 
     compete: str = knob(
         "seen", "columns that compete in the loss: of all classes seen, or new ones only", choices=("seen", "new")

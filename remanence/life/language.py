@@ -42,7 +42,8 @@ def check_language(model: nn.Module, problem: Problem, tokenizer: Any) -> None:
 
 def vocabulary(model: nn.Module) -> int | None:
     """How many tokens the model embeds; None where that is not known."""
-    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    offered: Any = getattr(model, "get_input_embeddings", None)
+    found = None if offered is None else offered()
     return getattr(found, "num_embeddings", None) or getattr(getattr(model, "config", None), "vocab_size", None)
 
 
@@ -83,7 +84,7 @@ def entities(examples: Examples) -> list[Any]:
         if name in examples.columns:
             column = examples.columns[name]
             return column if isinstance(column, list) else column.tolist()
-    return examples.id.tolist()  # type: ignore[no-any-return]
+    return examples.id.tolist()
 
 
 def about(examples: Examples, wanted: set[Any]) -> torch.Tensor:

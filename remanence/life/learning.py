@@ -26,6 +26,7 @@ from remanence.life.state import state_bytes
 from remanence.train.loop import position
 from remanence.train.resolve import check_fits, check_keepers, resolve, resolve_all
 from remanence.train.roles import Keeper, Learner, Method, Where
+from remanence.train.schedules import spec_of
 from remanence.train.settings import Settings
 from remanence.train.update import Consumed, Update
 
@@ -50,7 +51,10 @@ def learn(
     task = as_task(task, max([len(life._learned), *(item.about["id"] + 1 for item in life._learned)]), life)
     recipe = Recipe(
         ordinal=len(life._learned),
-        settings={name: getattr(settings, name) for name in settings.__dataclass_fields__},
+        settings={
+            **{name: getattr(settings, name) for name in settings.__dataclass_fields__},
+            "schedule": spec_of(settings.schedule),
+        },
         learner=None if learner is None else resolve("learn", learner, Learner).spec(),
         keep=None if keep is None else [keeper.spec() for keeper in resolve_all("keep", keep, Keeper)],
         where=life._where if where is None else [w.spec() for w in resolve_all("where", where, Where)],

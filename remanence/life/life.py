@@ -40,6 +40,7 @@ from remanence.life.references import References, kept_bytes
 from remanence.life.snapshots import Snapshots, weights_sha256
 from remanence.life.state import State, state_bytes
 from remanence.life.surroundings import check_device, versions
+from remanence.train.parallel import main, world
 from remanence.train.resolve import check_fits, check_keepers, resolve, resolve_all
 from remanence.train.roles import Keeper, Learner, Method, Metric, Where
 from remanence.train.settings import Settings
@@ -66,6 +67,9 @@ class Life:
         measure: metrics taken after each event; None: accuracy, forgetting (where there are classes) and bytes.
         references: a folder in which models retrained for evidence are kept and shared with other lives; None: they are dropped
             after the event.
+
+    Under ``torchrun`` or ``accelerate launch`` every process lives the same life, and each goes through its share of every batch; the first
+    alone writes the home. All must call every event.
 
     Raises:
         BadInput, UnknownName: something cannot be used; nothing was written.
@@ -98,6 +102,8 @@ class Life:
             measure = [name for name in MEASURES if name != "forgetting" or problem_of(problem).main == "accuracy"]
         self.tokenizer = tokenizer
         self._prepare(model, problem, learner, keep, where, seed, device, measure, progress)
+        if not main():  # of several processes that live this life, the first writes it down
+            home = references = ledger = None
         self._temporary = tempfile.TemporaryDirectory(prefix="remanence-") if home is None else None
         self.home = Path(self._temporary.name if self._temporary else home or "").resolve()
         self._plan = plan
@@ -235,6 +241,8 @@ class Life:
 
         for part in parts:
             know(part)
+        if world()[1] > 1:
+            raise Refused("a life is not resumed by several processes; resume it by one, which gives the same numbers")
         home = Path(home).resolve()
         if not (home / "ledger.db").exists() and ledger is None:
             raise BadInput(f"{home} holds no life (no ledger.db)")
@@ -436,6 +444,7 @@ class Life:
         compile: bool = False,
         patience: int | None = None,
         validation: float = 0.1,
+        checkpointing: bool = False,
         snapshot_every: int | None = None,
         allow_forgotten: bool = False,
     ) -> Event:
@@ -443,7 +452,7 @@ class Life:
 
         Args:
             task: what to learn, with held-out data; bare `Examples` are measured on themselves.
-            epochs, batch_size, optimizer, lr, schedule, clip, accumulate, precision, compile, patience, validation: see `Settings`.
+            epochs, batch_size, optimizer, lr, schedule, clip, accumulate, precision, compile, patience, validation, checkpointing: see `Settings`.
             learner, keep, where: for this event only, in place of the life's; ``[]`` is none. Given by name or knobs they
                 are built anew and not kept after the event.
             carry: begin with the optimizer state of the event before.
@@ -456,7 +465,18 @@ class Life:
             EventFailed: a loss became NaN or infinite; the life is as it was.
         """
         settings = Settings(
-            epochs, batch_size, optimizer, lr, schedule, clip, accumulate, precision, compile, patience, validation
+            epochs,
+            batch_size,
+            optimizer,
+            lr,
+            schedule,
+            clip,
+            accumulate,
+            precision,
+            compile,
+            patience,
+            validation,
+            checkpointing,
         )
         row = learning.learn(
             self,

@@ -194,6 +194,7 @@ class Train(_Part):
     compile: bool | None = None
     patience: Annotated[int | None, BeforeValidator(_null_word)] = None
     validation: float | None = None
+    checkpointing: bool | None = None
 
     def given(self) -> dict[str, Any]:
         """The settings named here. A null of `clip` or `patience` is one: it turns them off."""

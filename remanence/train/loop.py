@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Request
 from remanence.nn.anatomy import lone_rows
 from remanence.nn.masks import Restore
-from remanence.train.forward import Forward
+from remanence.train.forward import Forward, recomputing
 from remanence.train.roles import Forgetter, Learner, Outcome
 from remanence.train.stopping import Stopping
 from remanence.train.update import Consumed, Update, _cuda, hooks
@@ -27,22 +28,26 @@ _CHUNK = 16  # batches gathered at a time; each batch is then a slice
 def learn(u: Update) -> Consumed:
     """One learn event: every part's `begin`, the learner, every part's `end`."""
     assert isinstance(u.owner, Learner)
+    u.join()
     with u._exit:
         for begin in hooks([u.owner, *u.parts], "begin"):
             begin(u)
         u.owner.learn(u)
         _end(u)
+        u.agree()
     return u.consumed.settle()
 
 
 def forget(u: Update, request: Request) -> Outcome:
     """One forget run: every part's `begin`, the forgetter, every part's `end`."""
     assert isinstance(u.owner, Forgetter)
+    u.join()
     with u._exit:
         for begin in hooks([u.owner, *u.parts], "begin"):
             begin(u)
         outcome = u.owner.forget(u, request)
         _end(u)
+        u.agree()
     u.consumed.settle()
     return outcome
 
@@ -73,12 +78,16 @@ def loop(
     params = dict(u.model.named_parameters())
     flags = [(p, p.requires_grad) for p in params.values()]
     modes = [(m, m.training) for m in u.model.modules()]
+    recomputed = recomputing(u.model) if u.settings.checkpointing else nullcontext()
     try:
-        with torch.random.fork_rng(devices=_cuda(u.device)), lone_rows(u.model):
+        with torch.random.fork_rng(devices=_cuda(u.device)), lone_rows(u.model), recomputed:
             u.model.train()
             _limit(u, params, trainable, mask)
             u._parameters = {name: p for name, p in params.items() if p.requires_grad}
             u.prepare_optimizers()
+            if u.team is not None:
+                u.team = u.team.over(u.model)
+                u._shares = u.shares(bool(do.loss))
             if u.settings.precision != "float32" or u.settings.compile:
                 u._forward = Forward(u.model, u.device, u.settings.precision, u.settings.compile)
             source = _Source(u, drive, data, replay)
@@ -103,8 +112,9 @@ def loop(
                             batch = prepare(u, batch)
                         u.consumed.rows(batch)
                     u.batch = batch
-                    for step in u.owner.steps(u, batch):
-                        if u.backward(step, do.loss):
+                    mine = u.share(batch)
+                    for step in u.owner.steps(u, mine):
+                        if u.backward(step, do.loss, mine):
                             for gradient in do.gradient:
                                 gradient(u)
                             u.advance(step, do.project)
@@ -229,10 +239,8 @@ class _Source:
             groups = list(index.split(self.size))
         if groups is not None:
             for rows in groups[skip:]:
-                gathered = u.problem.compact({name: c[rows] for name, c in columns.items()})
-                yield {name: c.to(device) for name, c in gathered.items()} | {
-                    "origin": torch.zeros_like(rows).to(device)
-                }
+                chosen = u.problem.compact({name: c[rows] for name, c in columns.items()})
+                yield {name: c.to(device) for name, c in chosen.items()} | {"origin": torch.zeros_like(rows).to(device)}
             return
         assert u.settings.batch_size == self.size
         rest = index[skip * self.size :]
@@ -282,9 +290,13 @@ class _Source:
             order = torch.randperm(count + len(self.other), generator=u.rng("mixed-order"))
             for rows in order.split(self.size):
                 kept, gone = rows[rows < count], rows[rows >= count]
-                u.forget = {n: c[gone].to(u.device) for n, c in both.items()} if len(gone) else None
-                batch = {n: c[kept].to(u.device) for n, c in both.items()} if len(kept) else {}
-                if batch:
+                u.forget, batch = None, {}
+                if len(gone):
+                    chosen = u.problem.compact({n: c[gone] for n, c in both.items()})
+                    u.forget = {n: c.to(u.device) for n, c in chosen.items()}
+                if len(kept):
+                    chosen = u.problem.compact({n: c[kept] for n, c in both.items()})
+                    batch = {n: c.to(u.device) for n, c in chosen.items()}
                     batch["origin"] = torch.zeros(len(kept), dtype=torch.int64, device=u.device)
                 yield batch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from remanence import catalogue
@@ -107,6 +107,23 @@ def kind_of(name: str) -> type[Schedule]:
     if name not in listed:
         raise UnknownName(f"no schedule is called {name!r}{nearest(name, [*SCHEDULES, *listed])}")
     return listed[name].load()
+
+
+def spec_of(value: Any) -> Any:
+    """A schedule as it can be written down: a name, or ``{name: knobs}``.
+
+    Raises:
+        BadInput: a schedule of your own that has no name here.
+    """
+    if not isinstance(value, Schedule):
+        return value
+    listed = {cls: name for name, cls in SCHEDULES.items()}
+    listed |= {part.load(): part.slug for part in catalogue.parts("learn") if part.kind == "schedule"}
+    if type(value) not in listed:
+        raise BadInput(
+            f"a life writes its schedules down by name, and {type(value).__name__} has none; give one of {', '.join(listed.values())}"
+        )
+    return {listed[type(value)]: {f.name: getattr(value, f.name) for f in fields(value)}}
 
 
 def schedule_of(value: Any) -> Schedule:

@@ -45,6 +45,7 @@ class Settings:
     validation: float = knob(
         0.1, "share of the task's rows that `patience` looks at, and that are not trained on", low=0, high=1
     )
+    checkpointing: bool = knob(False, "whether the backward recomputes activations: less memory, more time")
 
     def __post_init__(self) -> None:
         check_knobs(self)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from remanence.core.errors import BadInput, NotFinite
 from remanence.core.ids import Ids
-from remanence.core.problem import TOKENS, Batch, Classification, Out, Problem
+from remanence.core.problem import TOKENS, Batch, CausalLM, Classification, Out, Problem
 from remanence.core.rng import generator, seed_of
 from remanence.data import Examples, Task
 from remanence.nn.anatomy import evaluating, head, module_bytes, reinitialised
 from remanence.nn.masks import Restore
+from remanence.train import parallel
 from remanence.train.forward import Forward
 from remanence.train.roles import HOOKS, Forgetter, Keeper, Learner, Method, Owner, Step
 from remanence.train.schedules import Constant, schedule_of
@@ -147,7 +148,9 @@ class Context:
         found: dict[str, list[Tensor]] = {}
         with self.aside():
             for batch in self.batches(examples, 1024):
-                for name, value in self.problem.score(self.owner.predict(self, batch), batch, self.classes.seen).items():
+                for name, value in self.problem.score(
+                    self.owner.predict(self, batch), batch, self.classes.seen
+                ).items():
                     found.setdefault(name, []).append(value)
         return {name: torch.cat(values) for name, values in found.items()}
 
@@ -235,6 +238,8 @@ class Update(Context):
         self.seed, self.event, self.kind = seed, event, kind
         self.metrics = [metric for metric in metrics if getattr(metric, "every", 0)]
         self.progress, self.life_step = progress, life_step
+        #: All processes of this life, where there are several and the loop is ours.
+        self.team: parallel.Team | None = None
         self._data, self._retrain, self._history, self.checkpoint = data, retrain, history, checkpoint
         fresh = set(new_labels)
         known = set(self.labels) - fresh if old_labels is None else set(old_labels)
@@ -271,6 +276,7 @@ class Update(Context):
         self._stopping: Stopping | None = None
         self._restore: Restore | None = None
         self._before: list[Tensor] = []
+        self._shares, self._weight = False, 1.0  # of several processes: see `share`
         self._parameters: dict[str, nn.Parameter] | None = None  # looked up once per loop, in which they are fixed
 
     # ------------------------------------------------------------------ what a method sees
@@ -311,12 +317,17 @@ class Update(Context):
             return known[1]
         self._features = self._features or features
         wanted = head(self.model) if self._features else None
-        if self._forward is None:
-            made = self.problem.forward(self.model, batch, wanted)
+        if self.team is None or self._shares:
+            made = self._out(batch, wanted)
         else:
-            made = self._forward(self.problem, self.model, batch, wanted)
+            made = self.team.out(self.problem, self.model, batch, lambda mine: self._out(mine, wanted))
         self._outs[id(batch)] = (batch, made)
         return made
+
+    def _out(self, batch: Batch, wanted: nn.Module | None) -> Out:
+        if self._forward is None:
+            return self.problem.forward(self.model, batch, wanted)
+        return self._forward(self.problem, self.model, batch, wanted)
 
     def ask_features(self) -> None:
         """From now on every forward of this run keeps its features. Ask in `begin`: asked for in a step, they cost one more forward."""
@@ -330,7 +341,8 @@ class Update(Context):
         """The gradient of `loss` for each of `parameters`, zeros where it does not depend on one; ``p.grad`` is untouched."""
         params = list(self.parameters.values())
         found = torch.autograd.grad(loss, params, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+        return grads if self.team is None else self.team.mean(grads)
 
     def reference(self) -> nn.Module:
         """The model as it was when the event began: frozen, in eval mode, one for all parts. Ask in `begin`."""
@@ -388,7 +400,7 @@ class Update(Context):
         if not len(rows["id"]):
             return batch
         origin = torch.full_like(rows["id"], 1 + self.parts.index(part))
-        return cat_batches(batch, {**rows, "origin": origin})
+        return self.problem.compact(cat_batches(batch, {**rows, "origin": origin}))
 
     def run(
         self,
@@ -448,7 +460,9 @@ class Update(Context):
         self._shared["phases"] += 1
         phase = copy.copy(self)
         phase.model, phase.owner, phase.parts, phase.metrics, phase.checkpoint = module, Fit(), [], [], None
-        phase.settings = replace(self.settings, **{"patience": None, **settings})
+        phase.settings = replace(self.settings, **{"patience": None, "checkpointing": False, **settings})
+        if TOKENS[0] not in data.columns:
+            phase.problem = Problem()  # what is not text has no padding to be cut off
         phase.phase = f"{self.phase}/{self._shared['phases']}"
         phase._fresh()
         loop(phase, None, data, None, None, False)
@@ -537,11 +551,43 @@ class Update(Context):
                 }
             )
 
-    def backward(self, step: Step, losses: Sequence[Any]) -> bool:
-        """Sum the step's loss and the parts' terms and go backward; whether an optimizer step is due."""
+    def join(self) -> None:
+        """Train with the other processes of this life, where there are any; one reports."""
+        self.team = parallel.team()
+        if self.team is not None and self.team.rank:
+            self.progress = None
+
+    def shares(self, terms: bool) -> bool:
+        """Whether each of several processes makes the objective of its own rows alone, see `Team`; `terms`: whether parts add any."""
+        names = {"objective", "steps", "by_rows"}
+        # Who writes an objective anew must say anew what it is.
+        last = next((kind for kind in type(self.owner).__mro__ if names & set(vars(kind))), None)
+        plain = last is Learner or (last is not None and vars(last).get("by_rows", False))
+        return isinstance(self.problem, CausalLM) and not terms and plain
+
+    def share(self, batch: Batch) -> Batch:
+        """What this process makes the objective of: `batch`, or its own rows."""
+        if self.team is None:
+            return batch
+        mine, self._weight = batch, 1 / self.team.size
+        if self._shares and not parallel.watched(self.model):
+            mine, self._weight = self.team.share(self.problem, batch)
+        return mine
+
+    def agree(self) -> None:
+        """Where several processes live this life: compare their weights.
+
+        Raises:
+            EventFailed: they differ.
+        """
+        if self.team is not None:
+            self.team.agree(self.model, self.event)
+
+    def backward(self, step: Step, losses: Sequence[Any], batch: Batch) -> bool:
+        """Sum the step's loss and the parts' terms on `batch` and go backward; whether an optimizer step is due."""
         loss = step.loss
-        for term in losses if self.batch else ():
-            extra = term(self, self.batch)
+        for term in losses if batch else ():
+            extra = term(self, batch)
             if extra is not None:
                 loss = extra if loss is None else loss + extra
         if loss is None or not loss.requires_grad:
@@ -549,6 +595,8 @@ class Update(Context):
         if not self._pending:
             self.drop_gradients()
         every = self.settings.accumulate
+        if self.team is not None:
+            loss = loss * self._weight
         share = loss if every == 1 else loss / every
         if self._forward is None:
             share.backward()
@@ -556,8 +604,12 @@ class Update(Context):
             self._forward.backward(share)
         self._losses.append((self.step, loss.detach()))
         self._pending = (self._pending + 1) % every
+        if self.team is not None:
+            self.team.level()
         if self._pending:
             return False
+        if self.team is not None:
+            self.team.add_up(self._moving)
         if self._forward is not None:
             self._forward.unscale(self._stepping(step))
         return True
@@ -620,11 +672,12 @@ class Update(Context):
             return
         if self._losses:
             losses = torch.stack([loss for _, loss in self._losses])
+            losses = losses if self.team is None else self.team.sum(losses)
             # The sum of finite losses is finite, or has overflown.
             if not math.isfinite(losses.sum()) and not bool((finite := torch.isfinite(losses)).all()):
-                step, loss = self._losses[int((~finite).int().argmax())]
+                first = int((~finite).int().argmax())
                 raise NotFinite(
-                    f"the loss became {float(loss)} at step {step} of {self.event}; try a smaller lr or clip=1.0"
+                    f"the loss became {float(losses[first])} at step {self._losses[first][0]} of {self.event}; try a smaller lr or clip=1.0"
                 )
             now = time.monotonic()
             if self.progress is not None and (now >= self._next_report or last):

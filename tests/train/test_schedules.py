@@ -10,7 +10,7 @@ import torch
 
 from remanence.core.errors import BadInput, UnknownName
 from remanence.train.roles import Learner
-from remanence.train.schedules import SCHEDULES, Constant, Cosine, Linear, OneCycle, schedule_of
+from remanence.train.schedules import SCHEDULES, Constant, Cosine, Linear, OneCycle, Schedule, schedule_of
 from tests.train.helpers import blobs, network, update
 
 
@@ -88,3 +88,18 @@ def test_resolving() -> None:
         schedule_of({"linear": {"final": 2}})
     with pytest.raises(BadInput, match="number of steps"):
         Cosine().factor(0, None, 0)
+
+
+def test_a_schedule_given_as_an_object_is_written_down_by_its_name() -> None:
+    from remanence.learn.infinite_lr import InfiniteLR
+    from remanence.train.schedules import spec_of
+
+    for made in (Cosine(warmup=3), InfiniteLR(warmup=1, cooldown=2)):
+        assert schedule_of(spec_of(made)) == made
+    assert spec_of("cosine") == "cosine" and list(spec_of(InfiniteLR())) == ["infinite-lr"]
+
+    class Own(Schedule):
+        pass
+
+    with pytest.raises(BadInput, match="Own has none"):
+        spec_of(Own())
