@@ -125,7 +125,6 @@ class GeRe(Keeper):
 
     def _collect(self, u: Update, source: Examples) -> None:
         chosen = source.select(torch.randperm(len(source), generator=u.rng("gere-texts"))[: self.texts].sort().values)
-        u.consumed.epoch(chosen.id, u.kind != "learn")
         for batch in u.batches(chosen):
             if TOKENS[0] in batch:
                 batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)

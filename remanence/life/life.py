@@ -451,7 +451,9 @@ class Life:
         """Take new data in.
 
         Args:
-            task: what to learn, with held-out data; bare `Examples` are measured on themselves.
+            task: what to learn, with held-out data; bare `Examples` are measured on themselves. With ``epochs=0`` it is only shown: the
+                weights stay, keepers look at it, and the books count it as learned. So a life is told what a pretrained network knows. What the
+                network learned of such rows before its life no receipt covers.
             epochs, batch_size, optimizer, lr, schedule, clip, accumulate, precision, compile, patience, validation, checkpointing: see `Settings`.
             learner, keep, where: for this event only, in place of the life's; ``[]`` is none. Given by name or knobs they
                 are built anew and not kept after the event.
