@@ -118,6 +118,9 @@ class ILoRA(Keeper):
     def end(self, u: Update) -> None:
         if u.kind == "learn":
             self.other.swap(self._params)
+        if u.kind == "learn" and not u.settings.epochs:  # only shown: no batch came
+            for batch in u.batches(u.data("task"), 4096):
+                self.buffer.add(batch, u.rng("i-lora-buffer"))
 
     def forgot(self, u: Update, ids: Ids) -> None:
         self.other.clear()

@@ -56,7 +56,8 @@ class Replay(Keeper):
             self._add(u, {name: column[batch["origin"] == 0] for name, column in batch.items()})
 
     def end(self, u: Update) -> None:
-        if self.policy == "class-balanced" and u.kind == "learn":
+        # Of an event without epochs, which only shows its rows, no batch came.
+        if u.kind == "learn" and (self.policy == "class-balanced" or not u.settings.epochs):
             task = u.data("task")
             for batch in u.batches(task, 4096):
                 self._add(u, batch)
