@@ -122,7 +122,6 @@ def open_life(home: Path, *, look: bool = False, allow_drift: bool = False, prog
 
 def say_event(life: Life, total: int) -> None:
     """One line about the event that has just happened."""
-    from remanence.core.problem import Classification
     from remanence.life.report_words import STATUS_GLYPHS, duration, percent
     from remanence.life.summary import asked_plain
 
@@ -137,9 +136,7 @@ def say_event(life: Life, total: int) -> None:
             parts.append(f"weights {receipt.states['weights']}")
     if event.accuracy:
         mean = sum(event.accuracy.values()) / len(event.accuracy)
-        parts.append(
-            f"accuracy {percent(mean)}" if isinstance(life.problem, Classification) else f"squared error {mean:.4g}"
-        )
+        parts.append(f"accuracy {percent(mean)}" if life.problem.main == "accuracy" else f"squared error {mean:.4g}")
     parts.append(duration(event.seconds))
     say(f"{event.number}/{total} {STATUS_GLYPHS.get(status, '?')} {' · '.join([words, *parts])}")
 

@@ -21,7 +21,9 @@ class EWC(Keeper):
 
     F_t is the diagonal Fisher information of task t: the mean over examples of the squared gradient of log p(y | x), per
     example and so independent of the batch size (the EWC of common libraries squares batch gradients instead). The
-    penalty's gradient is added in closed form, at a cost that does not depend on the number of tasks.
+    penalty's gradient is added in closed form, at a cost that does not depend on the number of tasks. An example of text is
+    a row, whose log p is the mean over its targets: a long answer weighs as much as a short one. Parameters that the network
+    itself holds frozen, as the weights under adapters of peft, are neither measured nor stored.
 
     Pick it where no old example may be kept and the network starts from scratch with task-wise heads; in class-incremental
     lives it hardly helps by itself (Smith et al. 2023). Needs: labels, borders.
@@ -32,7 +34,9 @@ class EWC(Keeper):
     strength: float = knob(100.0, "weight of the penalty", low=0)
     decay: float = knob(1.0, "share of the old Fisher that stays when a task is added", low=0, high=1)
     fisher: str = knob(
-        "empirical", "whose labels: the data's, or all of the model's own, weighted", choices=("empirical", "exact")
+        "empirical",
+        "whose labels: the data's, or all of the model's own, weighted (no text)",
+        choices=("empirical", "exact"),
     )
 
     def setup(self) -> None:
@@ -46,7 +50,7 @@ class EWC(Keeper):
             self._consolidate(u, u.data("task"))
 
     def _consolidate(self, u: Update, examples: Examples) -> None:
-        params = dict(u.model.named_parameters())
+        params = u.parameters
         fisher = diagonal_fisher(
             u.model, u.problem, u.batches(examples), params, self.fisher, u.classes.seen if u.columns else None
         )

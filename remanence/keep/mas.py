@@ -23,6 +23,7 @@ class MAS(Keeper):
 
     The absolute value is taken for each example, as the definition has it; with `group` > 1 for the mean gradient of so
     many, which is as much faster and loses what cancels inside a group (the released code's way, with its batch size).
+    Of a row of text f is the logits at all of its targets. Parameters that the network itself holds frozen are left out.
     Anchor and Omega cost two numbers for each weight, however many events. Plain SGD diverges where lr * strength *
     Omega exceeds 1.
 
@@ -52,7 +53,7 @@ class MAS(Keeper):
             self._consolidate(u, u.data("task"))
 
     def _consolidate(self, u: Update, examples: Examples) -> None:
-        params = dict(u.model.named_parameters())
+        params = u.parameters
         seen = u.classes.seen if u.columns else None
         if self.group == 1:
             found = absolute_sensitivity(u.model, u.problem, u.batches(examples), params, seen)

@@ -7,6 +7,8 @@
 * :func:`absolute_gradient`: label-free, the mean over batches of ``| d mean_i ||f(x_i)||^2 / d theta |`` (LFSSD).
 * :func:`absolute_sensitivity`: the same for each EXAMPLE by itself (MAS); does not depend on the batch size.
 
+An example of text is a row, ``log p`` the mean over its targets, and f its logits at all of them.
+
 All run the model in eval mode and put every train/eval flag back; they draw no random number and write no buffer or
 ``.grad``.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from remanence.core.errors import BadInput
-from remanence.core.problem import Out, Problem
+from remanence.core.problem import CausalLM, Out, Problem, output_layer, targets
 from remanence.nn.anatomy import evaluating
 
 #: Per-example gradients held at one time, in bytes; larger sets of rows are worked off in chunks.
@@ -52,13 +55,14 @@ def diagonal_fisher(
     distribution, summed, not sampled; labels are not read.
     For softmax it runs over the competing columns, for sigmoid over all 2^K outcomes in closed form, for regression
     over the unit Gaussian. Both kinds take ``problem.losses`` as -log p, so ``exact`` is the expectation of
-    ``empirical`` under the model's own labels; it costs one backward per competing column.
+    ``empirical`` under the model's own labels; it costs one backward per competing column, and is not there for text.
     params: {name in model.named_parameters(): parameter}, frozen or not. classes: head columns that compete (K,) or
     None.
     weight_by: ``example`` (each counts one) or ``weight`` (mean weighted by the batch column ``weight``).
-    engine: ``hooks`` (one backward per batch, for Linear, Conv2d and norm layers that are called once on (B, ...)),
-    ``vmap`` (torch.func, any model), or ``auto``:
-    hooks where they apply, which is checked on the first example against autograd, else vmap.
+    engine: ``hooks`` (one backward per batch, for Linear, Conv2d and norm layers that are called once on (B, ...); of a
+    language model also for embeddings and RMS norms), ``vmap`` (torch.func, any model, no text), ``rows``
+    (one backward per example, anything), or ``auto``: hooks where they apply, which is checked on the first example
+    against autograd, else vmap, or rows for text.
     Returns {name: tensor of the parameter's shape}, at least float32; sums are kept in float64. Raises BadInput, also
     when there is no example.
     """
@@ -66,6 +70,8 @@ def diagonal_fisher(
         raise BadInput(f"kind must be 'empirical' or 'exact', got {kind!r}")
     if weight_by not in ("example", "weight"):
         raise BadInput(f"weight_by must be 'example' or 'weight', got {weight_by!r}")
+    if kind == "exact" and isinstance(problem, CausalLM):
+        raise BadInput("the exact Fisher needs a backward for every token of the vocabulary; use kind='empirical'")
 
     def factors(batch: Batch) -> Factors:
         weight = batch["weight"].detach() if weight_by == "weight" else None
@@ -170,27 +176,34 @@ def _per_example(
 ) -> dict[str, Tensor]:
     """``sum_i sum_v raised(J_i' v_i) / mass``: raised is the square or the absolute value, both of which turn the product
     of two factors into the product of what they become."""
-    if engine not in ("auto", "hooks", "vmap"):
-        raise BadInput(f"engine must be 'auto', 'hooks' or 'vmap', got {engine!r}")
+    if engine not in ("auto", "hooks", "vmap", "rows"):
+        raise BadInput(f"engine must be 'auto', 'hooks', 'vmap' or 'rows', got {engine!r}")
     total, count, checked = _zeros(params), 0.0, False
-    owners = None if engine == "vmap" else _owners(model, params)
+    text = isinstance(problem, CausalLM)
+    if isinstance(problem, CausalLM):
+        problem = replace(problem, packing=False)  # rows that share one row of the forward cannot be told apart
+    other = "rows" if text else "vmap"
+    owners = _owners(model, params, text) if engine in ("auto", "hooks") else None
     if engine == "hooks" and owners is None:
-        raise BadInput("the parameters are not all owned by one Linear, Conv2d or norm layer each; use engine='vmap'")
+        raise BadInput(
+            f"the parameters are not all owned by one Linear, Conv2d or norm layer each; use engine='{other}'"
+        )
     with evaluating(model), _requiring(params):
         for batch in batches:
             rows = _rows(batch)
             if not rows:
                 continue
+            if text and not bool((batch["labels"][:, 1:] != -100).any()):
+                count += mass(batch, rows)  # rows without a target, whose gradient is 0
+                continue
             if owners is not None and not checked:
-                first = {
-                    k: v[:1] if isinstance(v, Tensor) and v.dim() and v.shape[0] == rows else v
-                    for k, v in batch.items()
-                }
+                at = int(targets(dict(batch))[0][0]) if text else 0  # a row without a target would show nothing
+                first = _row(batch, at, rows)
                 sound = _hooks_agree(model, problem, first, params, owners)
                 if engine == "hooks" and not sound:
                     raise BadInput(
                         "the layers are not called once each on (B, ...) inputs, or their weights are used elsewhere "
-                        "too; use engine='vmap'"
+                        f"too; use engine='{other}'"
                     )
                 owners, checked = (owners if sound else None), True
             found = (
@@ -198,7 +211,9 @@ def _per_example(
                 if owners is None
                 else _by_hooks(model, problem, batch, rows, params, owners, factors(batch), raised)
             )
-            if found is None:
+            if found is None and (engine == "rows" or text):
+                found = _by_rows(model, problem, batch, rows, params, factors, raised)
+            elif found is None:
                 found = _by_vmap(model, problem, batch, rows, params, factors(batch), raised)
             for name, value in found.items():
                 total[name] += value
@@ -212,12 +227,14 @@ def _per_example(
 def _factors(
     problem: Problem, batch: Batch, kind: str, classes: Tensor | None, weight: Tensor | None, logits: Tensor
 ) -> Iterator[Tensor]:
-    """Directions v (B, C) in output space whose squared pull-backs ``(J_i' v_i)^2`` sum to the Fisher of example i.
+    """Directions v (B, C), of text (M, V), in output space whose squared pull-backs ``(J_i' v_i)^2`` sum to the Fisher of example i.
 
     empirical: the gradient of the loss. softmax: sqrt(p_c) (p - e_c) per column c. sigmoid: independent zero-mean
     errors, sqrt(p_k (1 - p_k)) e_k (over K, as the loss is a mean over columns). Regression: e_k.
     """
     logits = logits.detach()
+    if weight is not None and isinstance(problem, CausalLM):
+        weight = weight[targets(dict(batch))[0]]
     scale = 1.0 if weight is None else weight.to(logits.dtype).sqrt().reshape(-1, *[1] * (logits.dim() - 1))
     if kind == "empirical":
         with torch.enable_grad():
@@ -304,6 +321,35 @@ def _by_vmap(
     return total
 
 
+# -- rows: one backward per example ------------------------------------------------------------------------------------
+
+
+def _by_rows(
+    model: nn.Module,
+    problem: Problem,
+    batch: Batch,
+    rows: int,
+    params: Mapping[str, Tensor],
+    factors: Callable[[Batch], Factors],
+    raised: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    total = _zeros(params)
+    for row in range(rows):
+        one = problem.compact(_row(batch, row, rows))
+        with torch.enable_grad():
+            logits = problem.forward(model, one).logits
+        if not logits.requires_grad:
+            continue
+        for v in factors(one)(logits):
+            found = torch.autograd.grad(
+                logits, list(params.values()), v.reshape(logits.shape), retain_graph=True, allow_unused=True
+            )
+            for name, gradient in zip(params, found, strict=True):
+                if gradient is not None:
+                    total[name] += raised(gradient)
+    return total
+
+
 # -- hooks: one backward per batch -------------------------------------------------------------------------------------
 
 _Owner = tuple[
@@ -311,29 +357,37 @@ _Owner = tuple[
 ]  # a layer, the names of its weight and of its bias among the parameters asked for
 
 
-def _owners(model: nn.Module, params: Mapping[str, Tensor]) -> list[_Owner] | None:
-    """The layers that own the parameters, or None if one is shared or its layer has no rule."""
-    homes: dict[int, int] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            homes[id(param)] = homes.get(id(param), 0) + 1
+def _owners(model: nn.Module, params: Mapping[str, Tensor], text: bool) -> list[_Owner] | None:
+    """The layers that own the parameters, or None if a layer has no rule, or shares one with another: of text, with more than that
+    embeddings and head share their matrix."""
+    names = {id(param): name for name, param in params.items()}
+    homes: dict[str, list[nn.Module]] = {}
     owners: list[_Owner] = []
-    left = dict(params)
-    for path, module in model.named_modules():
-        own = {kind: f"{path}.{kind}" if path else kind for kind, _ in module.named_parameters(recurse=False)}
-        asked = {kind: name for kind, name in own.items() if name in left}
+    for module in model.modules():
+        asked = {kind: names[id(p)] for kind, p in module.named_parameters(recurse=False) if id(p) in names}
         if not asked:
             continue
-        if type(module) not in (nn.Linear, nn.Conv2d, *_NORMS) or not set(asked) <= {"weight", "bias"}:
+        known = type(module) in (nn.Linear, nn.Conv2d, *_NORMS) or (text and (_embeds(module) or _rms(module)))
+        if not known or not set(asked) <= {"weight", "bias"}:
             return None
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             return None  # batch statistics even in eval: the examples are not independent
-        if any(getattr(module, kind) is not left[name] or homes[id(left[name])] > 1 for kind, name in asked.items()):
-            return None
         owners.append((module, asked.get("weight"), asked.get("bias")))
         for name in asked.values():
-            del left[name]
-    return None if left else owners
+            homes.setdefault(name, []).append(module)
+    for sharing in homes.values():
+        if len(sharing) > 1 and not (text and [_embeds(module) for module in sharing] == [True, False]):
+            return None
+    return owners if len(homes) == len(params) else None
+
+
+def _embeds(module: nn.Module) -> bool:
+    return type(module) is nn.Embedding and module.padding_idx is None and not module.scale_grad_by_freq
+
+
+def _rms(module: nn.Module) -> bool:
+    """RMS normalisation, torch's or that of a library, such as ``LlamaRMSNorm``."""
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight")
 
 
 def _by_hooks(
@@ -351,20 +405,25 @@ def _by_hooks(
     inputs: dict[nn.Module, Tensor] = {}
     probes: dict[nn.Module, Tensor] = {}
     odd: list[nn.Module] = []
+    places = _places(batch) if isinstance(problem, CausalLM) else None
+    top = output_layer(model) if places is not None else None
+
+    def fits(module: nn.Module, x: Any) -> bool:
+        if not isinstance(x, Tensor) or module in probes:
+            return False
+        if places is None:
+            return x.shape[:1] == (rows,) and x.dim() >= 2
+        if module is top:  # which sees a row for each target
+            return x.dim() == 2 and len(x) == len(places[0])
+        return x.shape[:1] == (rows,) and x.dim() == (2 if type(module) is nn.Embedding else 3)
 
     def tap(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if (
-            module in probes
-            or not args
-            or not isinstance(args[0], Tensor)
-            or args[0].shape[:1] != (rows,)
-            or args[0].dim() < 2
-        ):
+        if not args or not fits(module, args[0]):
             odd.append(module)
             return output
         # Adding a zero whose gradient is the output's: safe with in-place activations after the layer, and with frozen
         # weights.
-        inputs[module] = args[0].detach()
+        inputs[module] = _full(args[0].detach())
         probes[module] = torch.zeros_like(output, requires_grad=True)
         return output + probes[module]
 
@@ -383,23 +442,60 @@ def _by_hooks(
         value = value.reshape(params[name].shape)
         total[name] = total[name].to(_wide(value)) + value if name in total else value  # one term needs no wide sum
 
+    def by_row(module: nn.Module, values: Tensor) -> Tensor:
+        """What the head saw, or its gradient, as (B, T, ...)."""
+        if places is None or module is not top:
+            return values
+        row, turn = places
+        spread = values.new_zeros(rows, int(turn.max()) + 1 if len(turn) else 1, *values.shape[1:])
+        return spread.index_put((row, turn), values)
+
     taps = [probes[module] for module, _, _ in owners]
+    embeddings = {name: module for module, name, _ in owners if type(module) is nn.Embedding}
+    tied = {m: embeddings[name] for m, name, _ in owners if name in embeddings and m is not embeddings[name]}
     for v in factors(logits):
         grads = torch.autograd.grad(logits, taps, v.reshape(logits.shape), retain_graph=True, allow_unused=True)
+        found = {module: None if g is None else _full(g) for (module, _, _), g in zip(owners, grads, strict=True)}
         with torch.no_grad():
-            for (module, weight_name, bias_name), g in zip(owners, grads, strict=True):
-                if g is None:
+            for module, weight_name, bias_name in owners:
+                g = found[module]
+                if g is None or module in tied.values():  # of a shared matrix the head sees to both
                     continue
+                x, g = by_row(module, inputs[module]), by_row(module, g)
                 if weight_name is not None:
-                    add(weight_name, _weight_sums(module, inputs[module], g, raised))
+                    shared = (inputs[tied[module]], found[tied[module]]) if module in tied else None
+                    add(weight_name, _weight_sums(module, x, g, raised, shared))
                 if bias_name is not None:
                     add(bias_name, raised(_per_channel(module, g)).sum(dim=0))
     return total
 
 
-def _weight_sums(module: nn.Module, x: Tensor, g: Tensor, raised: Callable[[Tensor], Tensor]) -> Tensor:
+def _full(value: Tensor) -> Tensor:
+    """In float32 at least: under autocast the layers of one network differ."""
+    return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value
+
+
+def _places(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each target of a batch of text its row, and which target of the row it is."""
+    row = targets(dict(batch))[0]
+    return row, torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+
+
+def _weight_sums(
+    module: nn.Module,
+    x: Tensor,
+    g: Tensor,
+    raised: Callable[[Tensor], Tensor],
+    shared: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
     """``sum_i raised(d / d weight of example i)`` from the layer's input x (B, ...) and its output's gradient g (B,
-    ...)."""
+    ...). shared: tokens (B, L) and gradient (B, L, D) of embeddings with the same weight."""
+    if type(module) is nn.Embedding:
+        size = module.num_embeddings
+        cell, at = torch.unique(x + size * torch.arange(len(x), device=x.device)[:, None], return_inverse=True)
+        # index_put adds up in the same order on every run, on GPUs too.
+        sums = g.new_zeros(len(cell), g.shape[-1]).index_put((at.flatten(),), g.flatten(0, 1), accumulate=True)
+        return g.new_zeros(size, g.shape[-1]).index_put((cell % size,), raised(sums), accumulate=True)
     if isinstance(module, nn.Linear):
         if x.dim() == 2:
             return raised(g).T @ raised(x)  # one product g_i x_i per example
@@ -415,7 +511,13 @@ def _weight_sums(module: nn.Module, x: Tensor, g: Tensor, raised: Callable[[Tens
     chunk = max(1, CHUNK_BYTES // (size * x.element_size()))
     total = x.new_zeros(groups, g.shape[2], x.shape[2])
     for start in range(0, x.shape[0], chunk):
-        total += raised(g[start : start + chunk] @ x[start : start + chunk].transpose(-1, -2)).sum(dim=0)
+        cut = slice(start, start + chunk)
+        each = g[cut] @ x[cut].transpose(-1, -2)
+        if shared is not None and shared[1] is not None:
+            tokens, gradient = shared[0][cut], shared[1][cut]
+            row = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+            each[:, 0].index_put_((row, tokens), gradient, accumulate=True)
+        total += raised(each).sum(dim=0)
     return total
 
 
@@ -425,6 +527,9 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
         return F.layer_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, eps=module.eps)
+    if _rms(module):
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
     assert (
         isinstance(module, nn.modules.batchnorm._BatchNorm)
         and module.running_mean is not None
@@ -437,6 +542,8 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
 def _per_channel(module: nn.Module, g: Tensor) -> Tensor:
     """g summed over everything but the row and the axes of the layer's bias: (B, size of the bias)."""
     if isinstance(module, nn.Linear):
+        return g.reshape(g.shape[0], -1, g.shape[-1]).sum(dim=1)
+    if _rms(module):
         return g.reshape(g.shape[0], -1, g.shape[-1]).sum(dim=1)
     if isinstance(module, nn.LayerNorm):
         size = 1
@@ -491,6 +598,13 @@ def _requiring(params: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for param in frozen:
             param.requires_grad_(False)
+
+
+def _row(batch: Batch, row: int, rows: int) -> dict[str, Any]:
+    """One of the `rows` of a batch."""
+    return {
+        k: v[row : row + 1] if isinstance(v, Tensor) and v.dim() and v.shape[0] == rows else v for k, v in batch.items()
+    }
 
 
 def _rows(batch: Batch) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 
 from remanence.core.errors import BadInput, Corrupt
 from remanence.core.ids import Ids
-from remanence.core.problem import Batch, Classification, problem_of
+from remanence.core.problem import TOKENS, Batch, Classification, problem_of
 from remanence.data import Examples, Task
+from remanence.nn import nested
 from remanence.train.loop import _end
 from remanence.train.resolve import check_keepers, named, resolve_all
-from remanence.train.roles import Keeper, Learner
+from remanence.train.roles import Keeper, Learner, Where
 from remanence.train.settings import Settings
 from remanence.train.update import Classes, Update, hooks
+
+_FILE = "keepers.safetensors"
 
 
 def guard(
@@ -59,13 +63,28 @@ def guard(
 class OwnLoop(Update):
     """The update of a loop that somebody else owns; made by `guard`."""
 
-    def __init__(self, model: nn.Module, optimizer: Any, keepers: list[Keeper], problem: Any, seed: int, settings: Settings) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        keepers: list[Keeper],
+        problem: Any,
+        seed: int,
+        settings: Settings,
+        wheres: Sequence[Where] = (),
+    ) -> None:
         check_keepers(keepers)
-        for keeper, name in ((keeper, name) for keeper in keepers for name in ("order", "structure", "parameters")):
-            if hasattr(type(keeper), name):
-                raise BadInput(f"{keeper.slug} has a hook {name!r}, but your own loop owns that; use Life.learn")
+        for part, name in ((part, name) for part in (*keepers, *wheres) for name in ("order", "structure", "parameters")):  # fmt: skip
+            if hasattr(type(part), name) and not (name == "structure" and isinstance(part, Where)):
+                raise BadInput(f"{part.slug} has a hook {name!r}, but your own loop owns that; use Life.learn")
         self._optimizer, self._tasks, self._open, self._handles = optimizer, 0, False, list[Any]()
-        self._fixed = {"model": model, "problem": problem, "parts": keepers, "seed": seed, "settings": settings}
+        self._fixed = {
+            "model": model,
+            "problem": problem,
+            "parts": [*keepers, *wheres],
+            "seed": seed,
+            "settings": settings,
+        }
         self._fixed |= {"owner": Learner(), "device": next(model.parameters(), torch.empty(0)).device}
         self._begin([], [], None, 0, Ids())
 
@@ -104,22 +123,27 @@ class OwnLoop(Update):
         if isinstance(labels, tuple | list) and any(getattr(label, "ndim", 0) or not hasattr(label, "__index__") for label in labels):  # fmt: skip
             raise BadInput("u.learn takes rm.data.Examples, or the task's labels such as [0, 1]")
         given = sorted({int(label) for label in labels}) if isinstance(self.problem, Classification) else []
+        self._optimizer = optimizer or self._optimizer
+        with self._between_borders(given, task, data.ids if isinstance(data, Examples) else Ids()):
+            yield self
+
+    @contextmanager
+    def _between_borders(self, given: list[int], task: Task | None, ids: Ids) -> Iterator[None]:
+        """A task with the labels `given` and the examples `ids`: every part's `begin`, what is done inside, every part's `end`."""
         new = [label for label in given if label not in self.labels]
-        before, self._optimizer, self._open = list(self.labels), optimizer or self._optimizer, True
+        before, self._open = list(self.labels), True
         self._begin([*self.labels, *new], new, task, self.life_step + self.steps_done, self.ids)
         self._do = SimpleNamespace(**{name: hooks(self.parts, name) for name in ("prepare", "loss", "gradient", "project", "after")})  # fmt: skip
         try:
             with self._exit:
-                for begin in hooks(self.parts, "begin"):
-                    begin(self)
+                self._first()
                 self.epoch = 0
                 self._listen()
-                yield self
+                yield
                 self._finish()
                 _end(self)
             self._tasks += 1
-            ids = self.ids | (data.ids if isinstance(data, Examples) else Ids())
-            self._begin(self.labels, [], None, self.life_step + self.steps_done, ids)
+            self._begin(self.labels, [], None, self.life_step + self.steps_done, self.ids | ids)
         except BaseException:  # the task was not learned: its classes are still new
             self._begin(before, [], None, self.life_step + self.steps_done, self.ids)
             raise
@@ -127,16 +151,23 @@ class OwnLoop(Update):
             self._open = False
             self._deafen()
 
+    def _first(self) -> None:
+        """What comes before the first batch of a task."""
+        for begin in hooks(self.parts, "begin"):
+            begin(self)
+
     def prepare(self, batch: Batch) -> Batch:
-        """The batch as keepers want it: a dict with ``x`` and ``y``, and ``id`` where a keeper stores its rows. Epochs are counted
-        by rows, or said by ``for u.epoch in ...``."""
+        """The batch as keepers want it: a dict with ``x`` and ``y``, or with the columns of a text (see `CausalLM`), and ``id`` where
+        a keeper stores its rows. Epochs are counted by rows, or said by ``for u.epoch in ...``."""
         self._inside("prepare")
-        if not isinstance(batch, dict) or "x" not in batch:
+        if not isinstance(batch, dict) or not ("x" in batch or batch.keys() >= set(TOKENS)):
+            found = f"a dict with {sorted(batch)}" if isinstance(batch, dict) else type(batch).__name__
             raise BadInput(
-                f"u.prepare takes a dict with 'x' and 'y' (and 'id'), such as {{'x': x, 'y': y}}, not {type(batch).__name__}"
+                "u.prepare takes a dict with 'x' and 'y', or with 'input_ids', 'attention_mask' and 'labels' (and 'id'), such as "
+                f"{{'x': x, 'y': y}}, not {found}"
             )
         self._finish()
-        count = len(batch["x"])
+        count = len(batch["x"] if "x" in batch else batch["input_ids"])
         if self.task is not None:
             self.epoch = max(self.epoch, self._rows // len(self.task.train))
         self._rows, self._unfinished = self._rows + count, self.epoch
@@ -193,10 +224,10 @@ class OwnLoop(Update):
 
     def state_dict(self) -> dict[str, Any]:
         """What the keepers remember, as nested dicts of tensors and JSON values; take it between two tasks. Model and optimizer
-        are yours to save."""
+        are yours to save. `save` writes it to a folder."""
         if self._open:
             raise BadInput("a task is open; save between two tasks")
-        keep = {name: part.state_dict() for name, part in named(self.parts, "keep").items()}
+        keep = {name: part.state_dict() for name, part in named(self.keepers, "keep").items()}
         about = {"labels": list(self.labels), "tasks": self._tasks, "steps": self.life_step}
         return {"keep": keep, **about, "ids": torch.from_numpy(self.ids.array.copy())}
 
@@ -206,12 +237,34 @@ class OwnLoop(Update):
         Raises:
             Corrupt: it was saved with other keepers.
         """
-        mine = named(self.parts, "keep")
+        mine = named(self.keepers, "keep")
         if not {"keep", "labels", "tasks", "steps", "ids"} <= set(state):
             raise Corrupt("this is no state of a guarded loop; give what u.state_dict() returned")
         if set(mine) != set(state["keep"]):
             raise Corrupt(f"the state is of the keepers {sorted(state['keep'])}, these are {sorted(mine)}")
         for name, part in mine.items():
-            part.load_state_dict(state["keep"][name])
+            part.load_state_dict(_on(state["keep"][name], self.device))
         self._tasks = int(state["tasks"])
         self._begin([int(y) for y in state["labels"]], [], None, int(state["steps"]), Ids(state["ids"]))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `state_dict` into the folder, as one file of safetensors and JSON."""
+        nested.write(Path(folder) / _FILE, self.state_dict())
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            BadInput: nothing was saved there.
+            Corrupt: the file is damaged, or was saved with other keepers.
+        """
+        self.load_state_dict(nested.read(Path(folder) / _FILE))
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """A nested state with its tensors on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _on(item, device) for key, item in value.items()}
+    return [_on(item, device) for item in value] if isinstance(value, list) else value

@@ -33,7 +33,9 @@ def learn(u: Update) -> Consumed:
         for begin in hooks([u.owner, *u.parts], "begin"):
             begin(u)
         u.owner.learn(u)
-        if not u.settings.epochs and u.task is not None:  # only shown: what the network knows already, or parts are to take from
+        if (
+            not u.settings.epochs and u.task is not None
+        ):  # only shown: what the network knows already, or parts are to take from
             u.consumed.epoch(u.data("task").id, False)
         _end(u)
         u.agree()

@@ -92,9 +92,7 @@ class HFT(Where):
                     f"hft: {name} holds several matrices in one; split it first, or use granularity='layer' or 'model'"
                 )
             if isinstance(module, Adapter):
-                raise BadInput(
-                    "hft: the model has adapters, of which a half means nothing; use one of the two"
-                )
+                raise BadInput("hft: the model has adapters, of which a half means nothing; use one of the two")
         head = head_name(model)
         return [n for n, m in weighted_modules(model).items() if n != head and not isinstance(m, nn.Embedding)]
 

@@ -153,7 +153,9 @@ MODELS: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def test_every_part_has_a_row():
-    ours = {(part.verb, part.slug) for part in catalogue.PARTS if part.kind != "schedule"}  # which is a function of a step
+    ours = {
+        (part.verb, part.slug) for part in catalogue.PARTS if part.kind != "schedule"
+    }  # which is a function of a step
     assert {(verb, slug) for verb, slug, _, _ in ROWS} == ours
 
 

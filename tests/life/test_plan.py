@@ -111,7 +111,8 @@ def test_options_are_the_arguments_of_the_life() -> None:
         "precision": "float32",
         "compile": False,
         "patience": None,
-        "validation": 0.1, "checkpointing": False,
+        "validation": 0.1,
+        "checkpointing": False,
     }
 
 

@@ -34,4 +34,4 @@ def test_what_is_shown_fills_the_buffers_that_batches_would_fill() -> None:
     ):
         with rm.Life(mlp(64, [16]), keep=[keep]) as life:
             life.learn(stream[0], epochs=0)
-            assert len(life._state.keepers[0].buffer) == (10 if "per_class" in str(keep) else 30), keep
+            assert len(life._state.keepers[0].buffer) == (25 if "per_class" in str(keep) else 30), keep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from remanence.life.state import State
 from remanence.nn.heads import grow_head
 from remanence.train.guard import OwnLoop
 from remanence.train.roles import Keeper
+from tests.lm import facts, tiny
 from tests.train.helpers import Spy, blobs, network, same
 
 OPTIMIZERS = {"sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.01, "fused": False}), "adamw": (torch.optim.AdamW, {"fused": True})}  # fmt: skip
@@ -358,3 +360,35 @@ def test_what_a_loop_can_get_wrong_is_said() -> None:
         u.prepare((torch.zeros(1, 6), torch.zeros(1)))  # type: ignore[arg-type]
     with pytest.raises(Corrupt, match=r"u\.state_dict"):
         u.load_state_dict({})
+
+
+def test_a_loop_over_text_and_its_keepers_in_a_folder(tmp_path: Path) -> None:
+    """Batches of text need no x and no y; one process or two, the weights are the same."""
+    keep = [{"replay": {"policy": "reservoir", "capacity": 16, "per_class": None}}, {"ewc": {"strength": 10.0}}]
+    tasks = [facts(20, 1), facts(20, 2, keys=1, first_id=100)]
+
+    def train(u: OwnLoop, model: nn.Module, step: torch.optim.Optimizer, data: Examples) -> None:
+        with u.learn(data):
+            for rows in torch.arange(20).split(8):
+                batch = u.prepare(data.batch(rows))
+                loss = u.problem.loss(u.out(batch), batch) + u.loss(batch)
+                step.zero_grad()
+                loss.backward()
+                step.step()
+
+    whole = tiny()
+    step = torch.optim.SGD(whole.parameters(), lr=0.1)
+    u = rm.guard(whole, step, keep=keep, problem="causal-lm", seed=3)
+    train(u, whole, step, tasks[0])
+    u.save(tmp_path / "keepers")
+    other = copy.deepcopy(whole)
+    train(u, whole, step, tasks[1])
+    step = torch.optim.SGD(other.parameters(), lr=0.1)
+    v = rm.guard(other, step, keep=keep, problem="causal-lm", seed=3)
+    v.load(tmp_path / "keepers")
+    assert v.parts[0].holds(Ids.range(0, 200)) == v.parts[0].buffer.ids  # type: ignore[attr-defined]
+    assert len(v.parts[0].buffer) == 16  # type: ignore[attr-defined]
+    train(v, other, step, tasks[1])
+    assert same(whole, other) and u.event == v.event == "learn/2"
+    with u.learn(tasks[1]), pytest.raises(BadInput, match=r"a dict with \['input_ids'\]"):
+        u.prepare({"input_ids": tasks[0]["input_ids"]})
