@@ -81,10 +81,19 @@ def rows() -> list[Row]:
         Row("mora-cl", event={"where": ["mora-cl"], "lr": 5e-3}, beside="lora"),
         Row("i-lora", {"keep": [{"i-lora": {**SLOW}}]}, lora, beside="lora"),
         Row("sefe", {"keep": ["sefe"]}, lora, beside="lora", only=("people",)),
-        Row("infinite-lr", event={"schedule": {"infinite-lr": {"warmup": 10, "cooldown": 30, "constant": 0.55}}}, expects="old loss lower", only=("people",)),
+        Row(
+            "infinite-lr",
+            event={"schedule": {"infinite-lr": {"warmup": 10, "cooldown": 30, "constant": 0.55}}},
+            expects="old loss lower",
+            only=("people",),
+        ),
         Row("cpt-rewarm-replay, 7 %", event={"learner": {"cpt-rewarm-replay": {"share": 0.07}}}),
         Row("cpt-rewarm-replay, 25 %", event={"learner": {"cpt-rewarm-replay": {"share": 0.25}}}),
-        Row("stability-gap-cpt", event={"learner": {"stability-gap-cpt": {"subset": 0.5}}, "epochs": 4}, only=("domains",)),
+        Row(
+            "stability-gap-cpt",
+            event={"learner": {"stability-gap-cpt": {"subset": 0.5}}, "epochs": 4},
+            only=("domains",),
+        ),
         Row("dmt, 1/16", event={"learner": {"dmt": {"k": 1 / 16}}}),
     ]
 
@@ -113,14 +122,23 @@ def parts(which: str) -> tuple[Any, CausalLM, Task, list[Task]]:
         general = general_text(2400)
         first = Task(general.select(torch.arange(2000)), general.select(torch.arange(2000, 2400)), id=0)
         later = [Task(t.train, t.test, id=1 + t.id, strangers=t.strangers) for t in stream]
-        return tokenizer, problem, tokenised_task(first, tokenizer, problem), [tokenised_task(t, tokenizer, problem) for t in later]
+        return (
+            tokenizer,
+            problem,
+            tokenised_task(first, tokenizer, problem),
+            [tokenised_task(t, tokenizer, problem) for t in later],
+        )
     tokenizer = bpe(1024, str(SHAKESPEARE))
     made = []
     for number, path in enumerate((SHAKESPEARE, WIKIPEDIA)):
         texts = blocks(path, 200 if number == 0 else 100)
         cut = len(texts) - 20
         train, test = (
-            tokenised(Examples({"text": texts[at]}, path.parent.name, torch.arange(len(texts))[at] + 1000 * number), tokenizer, problem)
+            tokenised(
+                Examples({"text": texts[at]}, path.parent.name, torch.arange(len(texts))[at] + 1000 * number),
+                tokenizer,
+                problem,
+            )
             for at in (slice(0, cut), slice(cut, None))
         )
         made.append(Task(train, test, id=number))
@@ -128,7 +146,13 @@ def parts(which: str) -> tuple[Any, CausalLM, Task, list[Task]]:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "domains": {"epochs": 2, "batch_size": 16, "lr": 1e-3, "schedule": {"cosine": {"warmup": 5, "final": 0.1}}, "clip": 1.0},
+    "domains": {
+        "epochs": 2,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "schedule": {"cosine": {"warmup": 5, "final": 0.1}},
+        "clip": 1.0,
+    },
     "people": {"epochs": 15, "batch_size": 32, "lr": 2e-3, "schedule": {"cosine": {"warmup": 10}}, "clip": 1.0},
 }
 
@@ -141,7 +165,14 @@ def network(which: str, seed: int) -> Any:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with Life(llama(len(tokenizer), **shape), tokenizer=tokenizer, problem=problem, seed=seed) as life:
-            life.learn(first, epochs=6 if which == "domains" else 8, batch_size=32, lr=2e-3, schedule={"cosine": {"warmup": 20, "final": 0.1}}, clip=1.0)
+            life.learn(
+                first,
+                epochs=6 if which == "domains" else 8,
+                batch_size=32,
+                lr=2e-3,
+                schedule={"cosine": {"warmup": 20, "final": 0.1}},
+                clip=1.0,
+            )
             print(f"{which}, seed {seed}: taught; {life.measure()['accuracy']:.3f}", flush=True)
             save_weights(life.model, file)
     return llama(len(tokenizer), **shape, weights=str(file))
@@ -154,7 +185,9 @@ def cell(which: str, row: Row, seed: int) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     torch.set_num_threads(1)
     tokenizer, problem, first, later = parts(which)
-    with Life(network(which, seed), tokenizer=tokenizer, problem=problem, seed=seed, measure=["bytes"], **row.life) as life:
+    with Life(
+        network(which, seed), tokenizer=tokenizer, problem=problem, seed=seed, measure=["bytes"], **row.life
+    ) as life:
         life.learn(first, epochs=0)  # what the network was taught: the life knows of it and trains nothing
 
         def looked() -> list[dict[str, float]]:
@@ -207,10 +240,17 @@ def table(which: str, chosen: list[Row], seeds: int, jobs: int) -> str:
     todo = [(row, seed) for row in chosen for seed in range(seeds)]
     found: dict[str, list[Any]] = {row.name: [] for row in chosen}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for (row, seed), made in zip(todo, pool.map(guarded, [which] * len(todo), *zip(*todo, strict=True)), strict=True):
+        for (row, seed), made in zip(
+            todo, pool.map(guarded, [which] * len(todo), *zip(*todo, strict=True)), strict=True
+        ):
             found[row.name].append(made)
-            print(f"{which}: {row.name}, seed {seed}: {made if isinstance(made, str) else {k: round(v, 3) for k, v in made.items()}}", flush=True)
-    names = ["new loss", "old loss", "forgetting"] + (["new accuracy", "old accuracy", "general loss"] if which == "people" else [])
+            print(
+                f"{which}: {row.name}, seed {seed}: {made if isinstance(made, str) else {k: round(v, 3) for k, v in made.items()}}",
+                flush=True,
+            )
+    names = ["new loss", "old loss", "forgetting"] + (
+        ["new accuracy", "old accuracy", "general loss"] if which == "people" else []
+    )
     lines = [
         f"| method | {' | '.join(names)} | seconds | over plain | memory beside the network | expected | seen |",
         "|---|" + "---|" * (len(names) + 5),
@@ -276,7 +316,9 @@ def main() -> None:
         if which == "domains" and not (SHAKESPEARE.exists() and WIKIPEDIA.exists()):
             print("domains: its data is absent, left out")
             continue
-        chosen = [row for row in rows() if which in row.only and (given.rows is None or row.name in (*given.rows, "finetune"))]
+        chosen = [
+            row for row in rows() if which in row.only and (given.rows is None or row.name in (*given.rows, "finetune"))
+        ]
         start = time.perf_counter()
         made = table(which, chosen, given.seeds, given.jobs)
         print(made, f"{time.perf_counter() - start:.0f} s", flush=True)

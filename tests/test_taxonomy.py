@@ -81,3 +81,9 @@ def test_scenarios(scenario, borders, classes, found):
 def test_our_streams_say_their_names(name, knobs, letters, capsys):
     assert main(["stream", "show", name, knobs]) == 0
     assert f"\n{letters}: " in capsys.readouterr().out
+
+
+def test_the_survey_of_language_models_groups_by_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--taxonomy", "llm"]) == 0
+    said = capsys.readouterr().out
+    assert "gere" in said and "CPT" in said and "lwf" not in said  # which needs classes

@@ -418,7 +418,7 @@ def methods(
         str | None,
         typer.Option(
             metavar="SURVEY",
-            help="Group learners, keepers and wheres as a survey does: wang or parisi.",
+            help="Group learners, keepers and wheres as a survey does: wang, parisi or llm.",
             show_default=False,
         ),
     ] = None,

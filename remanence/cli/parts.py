@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from remanence import catalogue, taxonomy
+from remanence import catalogue, llm_taxonomy, taxonomy
 from remanence.cli.words import cells, make_table, say
 from remanence.core.errors import BadInput, UnknownName, nearest
 
@@ -25,7 +25,7 @@ def line_of(part: Part) -> dict[str, Any]:
         "needs": list(part.needs),
         "module": part.module,
         "fidelity": catalogue.fidelity(part),
-        "taxonomy": taxonomy.of(part),
+        "taxonomy": {**taxonomy.of(part), **_llm(part)},
     }
 
 
@@ -35,10 +35,22 @@ def list_by(survey: str, found: list[Part]) -> None:
     Raises:
         UnknownName: no such survey.
     """
-    if survey not in taxonomy.NAMES:
-        raise UnknownName(
-            f"no taxonomy is called {survey!r}{nearest(survey, taxonomy.NAMES)} (there is {', '.join(taxonomy.NAMES)})"
-        )
+    known = [*taxonomy.NAMES, "llm"]
+    if survey not in known:
+        raise UnknownName(f"no taxonomy is called {survey!r}{nearest(survey, known)} (there is {', '.join(known)})")
+    if survey == "llm":
+        table = make_table("stage", "technique", "verb", "slug", "family")
+        tagged = [(tag, part) for part in found if (tag := llm_taxonomy.of(part)) is not None]
+        for stages in dict.fromkeys(
+            tag.stages for tag, _ in sorted(tagged, key=lambda pair: (len(pair[0].stages), pair[0].stages))
+        ):
+            for tag, part in tagged:
+                if tag.stages == stages:
+                    table.add_row(
+                        *cells(", ".join(stages), ", ".join(tag.techniques), part.verb, part.slug, part.family)
+                    )
+        say(table)
+        return
     table = (
         make_table(survey, "kind", "verb", "slug", "family")
         if survey == "wang"
@@ -51,6 +63,11 @@ def list_by(survey: str, found: list[Part]) -> None:
                 kind = [place.get("wang_kind", "")] if survey == "wang" else []
                 table.add_row(*cells(family, *kind, part.verb, part.slug, part.family))
     say(table)
+
+
+def _llm(part: Part) -> dict[str, Any]:
+    tag = llm_taxonomy.of(part)
+    return {} if tag is None else {"llm": {"stages": list(tag.stages), "techniques": list(tag.techniques)}}
 
 
 def explain(part: Part) -> None:

@@ -1,20 +1,27 @@
 # Written by tools/stubs.py from the catalogue; do not edit.
 from remanence.keep.agem import AGEM as AGEM
+from remanence.keep.ama import AMA as AMA
 from remanence.keep.cuber import CUBER as CUBER
 from remanence.keep.der import DER as DER
 from remanence.keep.ewc import EWC as EWC
 from remanence.keep.feature_distill import FeatureDistill as FeatureDistill
 from remanence.keep.fpf import FPF as FPF
+from remanence.keep.gere import GeRe as GeRe
 from remanence.keep.gpm import GPM as GPM
 from remanence.keep.gradient_restriction import GradientRestriction as GradientRestriction
 from remanence.keep.gss import GSS as GSS
 from remanence.keep.hlop import HLOP as HLOP
+from remanence.keep.i_lora import ILoRA as ILoRA
 from remanence.keep.l2 import L2 as L2
+from remanence.keep.lcia import LCIA as LCIA
+from remanence.keep.lines import LiNeS as LiNeS
 from remanence.keep.lwf import LwF as LwF
 from remanence.keep.mas import MAS as MAS
+from remanence.keep.migu import MIGU as MIGU
 from remanence.keep.power_law_rehearsal import PowerLawRehearsal as PowerLawRehearsal
 from remanence.keep.refresh_learning import RefreshLearning as RefreshLearning
 from remanence.keep.replay import Replay as Replay
+from remanence.keep.sefe import SEFE as SEFE
 from remanence.keep.si import SI as SI
 from remanence.keep.task_free_mas import TaskFreeMAS as TaskFreeMAS
 from remanence.keep.view_batch import ViewBatch as ViewBatch

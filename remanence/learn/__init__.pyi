@@ -1,11 +1,15 @@
 # Written by tools/stubs.py from the catalogue; do not edit.
 from remanence.learn.acu import ACU as ACU
+from remanence.learn.cpt_rewarm_replay import RewarmReplay as RewarmReplay
 from remanence.learn.dkvb import DKVB as DKVB
+from remanence.learn.dmt import DMT as DMT
 from remanence.learn.fetril import FeTrIL as FeTrIL
 from remanence.learn.finetune import Finetune as Finetune
 from remanence.learn.hpcr import HPCR as HPCR
+from remanence.learn.infinite_lr import InfiniteLR as InfiniteLR
 from remanence.learn.joint import Joint as Joint
 from remanence.learn.lingocl import LingoCL as LingoCL
+from remanence.learn.lt_sft import LTSFT as LTSFT
 from remanence.learn.mvp_siblurry import MVP as MVP
 from remanence.learn.napa_vq import NAPAVQ as NAPAVQ
 from remanence.learn.nmc import NMC as NMC
@@ -15,4 +19,5 @@ from remanence.learn.protocl import ProtoCL as ProtoCL
 from remanence.learn.s3t import S3T as S3T
 from remanence.learn.sharp import SHARP as SHARP
 from remanence.learn.sisa import SISA as SISA
+from remanence.learn.stability_gap_cpt import StabilityGapCPT as StabilityGapCPT
 from remanence.learn.uer import UER as UER
