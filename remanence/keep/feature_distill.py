@@ -33,8 +33,8 @@ class FeatureDistill(Keeper):
     strength: float = knob(0.1, "weight of the distillation term; distances grow with the number of features", low=0)
 
     def begin(self, u: Update) -> None:
-        before = len(u.classes.old) if u.columns else u.life_step
-        self._teacher = u.reference() if before else None
+        nothing = not len(u.classes.old) if u.columns else u.first
+        self._teacher = None if nothing else u.reference()
         if self._teacher is not None:
             u.ask_features()
 

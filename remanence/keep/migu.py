@@ -65,7 +65,7 @@ class MIGU(Keeper):
                 places += [(module.after_down, (f"{name}.down",)), (module.after_up, (f"{name}.up",))]
         if not places:
             raise BadInput("migu: the model has no linear layer but its head, so there are no rows to choose from")
-        if u.kind == "learn" and u.life_step:
+        if u.kind == "learn" and not u.first:
             u.enter(self._watching(places))
 
     def prepare(self, u: Update, batch: Batch) -> Batch:

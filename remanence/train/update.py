@@ -288,6 +288,11 @@ class Update(Context):
             return self._parameters
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the life's first learn event, before which there is nothing to protect."""
+        return self.kind == "learn" and self.event == "learn/0" and not self.life_step
+
     def data(self, name: str) -> Examples:
         """``task`` (this event's), ``seen`` (all events' up to now), or in a forget run ``forget``, ``retain`` and ``seen`` (both):
         without what was forgotten earlier, labels as head columns."""
