@@ -161,7 +161,7 @@ def _table(
         mask[at, : len(part)] = True
         labels[at, prompt : len(part)] = part[prompt:]
     others = {name: column for name, column in examples.columns.items() if name not in _TEXT}
-    others.setdefault("document", examples.id)
+    others.setdefault("document", examples.id.tolist())  # a list, so that it is in no batch
     kept = Examples(others, examples.source, examples.id).select(rows)
     numbers = kept.id
     if problem.long == "split":

@@ -37,7 +37,7 @@ def test_an_answer_and_its_end_are_the_targets_and_the_prompt_is_none(tok: Any) 
     whole = tokenised(qa(("Who?", "Ann")), tok, CausalLM(context=32, answers=False))
     assert said(whole, tok, 0, True) == "Who? Ann<|end|>"
     assert table["input_ids"].shape == (2, 32) and table["input_ids"].dtype == torch.int32
-    assert table.columns["document"].tolist() == [0, 1]  # type: ignore[union-attr]
+    assert table.columns["document"] == [0, 1]
 
 
 def test_a_long_document_is_refused_cut_or_split_so_that_every_token_is_predicted_once(tok: Any) -> None:
