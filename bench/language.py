@@ -80,7 +80,7 @@ def rows() -> list[Row]:
         Row("loramoe", event={"where": ["loramoe"], "lr": 5e-3}, beside="lora"),
         Row("mora-cl", event={"where": ["mora-cl"], "lr": 5e-3}, beside="lora"),
         Row("i-lora", {"keep": [{"i-lora": {**SLOW}}]}, lora, beside="lora"),
-        Row("sefe", {"keep": ["sefe"]}, lora, beside="lora", only=("people",)),
+        Row("sefe", {"keep": ["sefe"], "where": [LORA]}, {"lr": 5e-3}, beside="lora", only=("people",)),
         Row(
             "infinite-lr",
             event={"schedule": {"infinite-lr": {"warmup": 10, "cooldown": 30, "constant": 0.55}}},

@@ -12,7 +12,7 @@ from typing import Any
 from bench.common import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "bench.md"
-ORDER = ("loop", "peers", "ledger", "learn", "evidence", "forget", "vmap")
+ORDER = ("loop", "lm", "peers", "ledger", "learn", "language", "evidence", "forget", "vmap")
 
 HEAD = """# Benchmarks
 

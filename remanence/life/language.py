@@ -26,6 +26,10 @@ def check_language(model: nn.Module, problem: Problem, tokenizer: Any) -> None:
                 f"a tokenizer belongs to a causal language model, and this problem is {next(iter(problem.spec()))}"
             )
         return
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "get_vocab")):
+        raise BadInput(
+            f"the tokenizer of a language model must be one of transformers', not {type(tokenizer).__name__}"
+        )
     output_layer(model)
     config = getattr(model, "config", None)
     most = getattr(config, "max_position_embeddings", None)

@@ -123,7 +123,7 @@ def test_general_answers_stay_better_than_without_and_than_by_labels_alone() -> 
             with life:
                 c = life._context()
                 losses.append(c.evaluate(general)["loss"])
-                assert c.evaluate(new)["accuracy"] == 1
+                assert c.evaluate(new)["accuracy"] > 0.95
     none, labels, margin = found.values()
     assert all(b < a - 1.5 for a, b in zip(none, labels, strict=True)), found
     assert all(b < a - 0.2 for a, b in zip(labels, margin, strict=True)), found

@@ -196,7 +196,9 @@ def test_room() -> None:
         memory.room_of([1000]).units(999)
 
 
-@pytest.mark.parametrize("part", [p for v in ("learn", "keep") for p in catalogue.parts(v)], ids=lambda p: p.slug)
+@pytest.mark.parametrize(
+    "part", [p for v in ("learn", "keep") for p in catalogue.parts(v, "method")], ids=lambda p: p.slug
+)
 def test_every_store_says_which_knob_limits_it(part: Any) -> None:
     """A part that makes a buffer of examples names the knob of its size, and that knob does set it."""
     cls = part.load()

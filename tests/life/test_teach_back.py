@@ -63,7 +63,9 @@ def shares(life: Life, label: int, state: State | None = None) -> tuple[float, f
 def through(keeper: Any, forget: dict[str, Any], home: Path | None = None, seed: int = 0) -> Iterator[Any]:
     """The class's shares before the request, after it, and after one more task; then the references' after that task."""
     tasks = list(stream(40, 8))
-    with Life(network, keep=[keeper] if keeper is not None else [], home=home, seed=seed, measure=["accuracy"]) as life:
+    keep = [keeper] if keeper is not None else []
+    where = ["lora"] if isinstance(keeper, dict) and "sefe" in keeper else None  # which holds adapters
+    with Life(network, keep=keep, where=where, home=home, seed=seed, measure=["accuracy"]) as life:
         for task in tasks[:3]:
             life.learn(task, **LEARN)
         gone = max(range(6), key=lambda label: shares(life, label))  # the class that the life knows best

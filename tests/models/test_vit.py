@@ -10,7 +10,7 @@ import torch
 from remanence.core.errors import BadInput
 from remanence.core.problem import Classification
 from remanence.models import MODELS, vit
-from remanence.nn.adapters import add_low_rank
+from remanence.nn.adapters import add_low_rank, linear_names
 from remanence.nn.anatomy import features, head_name, reinitialised
 from remanence.nn.blocks import feed_forward
 from remanence.nn.fisher import diagonal_fisher
@@ -115,7 +115,7 @@ def test_blocks_and_adapters():
     model, x = vit(64, outputs=3, **SMALL), torch.rand(4, 64)
     groups = feed_forward(model)
     assert groups == {f"blocks.{k}": [f"blocks.{k}.ffn.0", f"blocks.{k}.ffn.2"] for k in range(2)}
-    linear = LoRA()._names(model)
+    linear = linear_names(model, "all-linear", "lora")
     assert len(linear) == 12 and "head" not in linear
     adapted = add_low_rank(copy.deepcopy(model), linear, rank=2, alpha=2.0, seed=0)
     assert torch.equal(adapted(x), model(x))  # B = 0
