@@ -23,7 +23,6 @@ import torch
 
 from bench.common import MNIST, RESULTS, save
 from remanence import CausalLM, Life
-from remanence.core.rng import generator
 from remanence.data import Examples, Task
 from remanence.data.people import general_text, people_stream
 from remanence.data.tokenizers import bpe
