@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -95,6 +97,9 @@ class _Together(torch.autograd.Function):
 
 def _leave() -> None:
     if dist.is_initialized():
+        # Together: who takes its end of a connection away while another still uses it can end that one.
+        with contextlib.suppress(RuntimeError, ValueError):  # a process that failed is not waited for
+            dist.monitored_barrier(timeout=timedelta(seconds=10))
         dist.destroy_process_group()
 
 
