@@ -152,8 +152,8 @@ class CausalLM(Problem):
 
     How a text becomes rows is told by the knobs; every row has `context` places, of which a batch uses as many as its longest row does.
 
-    Args of the model: a module called as ``model(input_ids=...)`` that gives logits (B, L, V), or an object with them as `logits` (as
-    transformers' do), and that looks backwards only.
+    The model is called as ``model(input_ids=...)``, gives logits (B, L, V) or an object with them as `logits` (as transformers' do), and
+    looks backwards only.
     """
 
     context: int = knob(512, "most tokens of a row", low=2)

@@ -36,6 +36,7 @@ def text(
     limit: int | None = None,
     max_bytes: int = LIMIT,
     source: str = "text",
+    start: int = 0,
 ) -> Examples:
     """Documents as a table of list columns, from which a life's tokenizer makes rows of tokens: ``text``; or ``prompt`` and ``answer``;
     or ``messages``, lists of ``{"role": ..., "content": ...}``. And ``document``, by which a request can name one.
@@ -50,6 +51,7 @@ def text(
             answer, completion, response or output; text or content. Of ``columns`` without any text, the texts are found likewise.
         limit: read no more documents than this; a streamed dataset must have one.
         max_bytes: of the texts in memory, at a byte a character.
+        start: the number of the first row, where rows have no ids of their own: a life that learns several texts needs other ids in each.
 
     ``id``: whole numbers are the ids (else row numbers); words are the ``document``. A row without either is ``file:line``.
 
@@ -74,7 +76,11 @@ def text(
     if not count:
         raise BadInput(f"{source} has no documents; was everything filtered out?")
     fits(size, max_bytes, f"{source}: {count} documents")
-    examples = Examples({name: column for name, column in made.items() if name != "id"}, source, made.get("id"))
+    if start < 0:
+        raise BadInput(f"start={start} must be at least 0")
+    own = made.pop("id", None)
+    ids = range(start, start + count) if own is None else own
+    examples = Examples(made, source, ids, positional=own is None)
     examples.check()
     return examples
 

@@ -57,7 +57,7 @@ class GeRe(Keeper):
 
     @property
     def inert(self) -> bool:
-        return self.texts == 0 or (self.strength == 0 and not self.dynamic and self.per_batch == 0)
+        return self.texts == 0 or (self.strength == 0 and not self.dynamic and self.form != "labels")
 
     def begin(self, u: Update) -> None:
         self.place = [-1, 0]
@@ -65,7 +65,7 @@ class GeRe(Keeper):
         past = past[:-1] if u.kind == "learn" else past
         if not len(self.buffer) and past:
             self._collect(u, past[0])
-        if len(self.buffer):
+        if len(self.buffer) and self.form != "labels":
             mean, std = self.states.mean(0), self.states.std(0)
             self._high, self._low = mean + std, mean - std
             self._starts = self.counts.cumsum(0) - self.counts
@@ -135,7 +135,7 @@ class GeRe(Keeper):
     def _remember(self, u: Update) -> None:
         """The states of the rows in the buffer, by the network as it is now."""
         rows = {name: column.cpu() for name, column in self.buffer.columns.items()}
-        if not len(self.buffer):
+        if not len(self.buffer) or self.form == "labels":
             self.states, self.counts = torch.empty(0), torch.empty(0, dtype=torch.int64)
             return
         table = Examples({name: column for name, column in rows.items() if name != "id"}, "general", rows["id"])

@@ -133,7 +133,7 @@ def _check_task(life: Life, task: Task) -> None:
         ):
             raise DataChanged(
                 f"{task.train.source} uses ids that {learned.about['source']} used for other examples; give ids that are distinct over all "
-                "sources: Examples(..., ids=...)"
+                "sources: Examples(..., ids=...), or text(..., start=...)"
             )
 
 

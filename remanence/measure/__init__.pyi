@@ -10,6 +10,7 @@ from remanence.measure.metrics.corrective_unlearning import CorrectiveUnlearning
 from remanence.measure.metrics.flops import Flops as Flops
 from remanence.measure.metrics.forgetting import Forgetting as Forgetting
 from remanence.measure.metrics.llm_cl_survey import LLMSurvey as LLMSurvey
+from remanence.measure.metrics.loss import Loss as Loss
 from remanence.measure.metrics.membership import Membership as Membership
 from remanence.measure.metrics.probe_forgetting import ProbeForgetting as ProbeForgetting
 from remanence.measure.metrics.stability_gap import StabilityGap as StabilityGap

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from remanence.core.errors import BadInput
 from remanence.core.ids import Ids
-from remanence.core.problem import TOKENS as _TOKENS
-from remanence.core.problem import padded
+from remanence.core.problem import TOKENS, padded
 
 POLICIES = ("reservoir", "class-balanced")
-TOKENS = set(_TOKENS)
 
 
 class Buffer:
@@ -207,10 +205,11 @@ class Buffer:
 
     def _fitted(self, columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`columns` with rows of text as wide as those here, which are widened where they are narrower."""
-        if not self._columns or not TOKENS & columns.keys() & self._columns.keys():
+        shared = [name for name in TOKENS if name in columns and name in self._columns]
+        if not shared:
             return columns
         made = dict(columns)
-        for name in TOKENS & columns.keys() & self._columns.keys():
+        for name in shared:
             old, new = self._columns[name], columns[name]
             if old.shape[1] < new.shape[1]:
                 self._columns[name] = padded(name, old, new.shape[1])

@@ -136,6 +136,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any] | None, dict[str, Any] | None], ...] 
     ("measure", "stability-gap", {"every": 2}, None),
     ("measure", "transfer", None, None),
     ("measure", "probe-forgetting", None, None),
+    ("measure", "loss", None, None),
     ("measure", "llm-cl-survey", None, None),
     ("measure", "flops", None, None),
     ("measure", "corrective-unlearning", {"size": 2}, None),

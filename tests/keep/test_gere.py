@@ -133,3 +133,14 @@ def test_the_problem_is_a_causal_lm_by_name() -> None:
     assert CausalLM(context=CONTEXT).spec() == {
         "causal-lm": {"context": CONTEXT, "long": "refuse", "answers": True, "packing": False}
     }
+
+
+def test_labels_alone_store_no_states_and_without_strength_it_is_not_there() -> None:
+    assert GeRe(strength=0.0).inert and GeRe(strength=0.0, per_batch=4).inert
+    assert not GeRe(strength=0.0, dynamic=True).inert and not GeRe(strength=0.0, form="labels").inert
+    with rm.Life(tiny(0), problem=PROBLEM, keep=[GeRe(texts=10, form="labels")]) as life:
+        for number in range(2):
+            life.learn(facts(16, seed=number, keys=number, first_id=100 * number), epochs=1, batch_size=8)
+        keeper = life._state.keepers[0]
+        assert len(keeper.buffer) == 10 and not keeper.states.numel() and keeper.bytes() == keeper.buffer.bytes()
+        assert life._rows[-1].body["consumed"] == {"new": 16, "replayed": 10}

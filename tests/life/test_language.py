@@ -235,3 +235,59 @@ def test_rows_of_tokens_need_no_tokenizer_and_every_document_keeps_its_id() -> N
         assert {int(i) // 2**16 for i in asked.array} == {5} and len(asked) == 3
         receipt = life.forget(rm.Request(documents=["a"]), by="gradient-ascent", epochs=1, lr=1e-4)
         assert receipt.ids == asked
+
+
+def test_a_saved_model_and_its_tokenizer_go_on_living_in_python_and_in_a_plan(tok: Any, tmp_path: Path) -> None:
+    import json
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from remanence.life.run import run_plan
+
+    folder = tmp_path / "model"
+    network(tok).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    table = rm.data.people(2, facts=["birthplace"])
+    rows = [dict(zip(("question", "answer", "entity"), row, strict=True))
+            for row in zip(*(table.columns[n] for n in ("prompt", "answer", "entity")), strict=True)]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.txt").write_text("Words about nobody. " * 3)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with rm.Life(model, tokenizer=loaded, problem=PROBLEM, keep=["gere"]) as life:
+        life.learn(rm.data.text(str(tmp_path / "*.jsonl")), schedule="infinite-lr", where={"lora": {"rank": 4}})
+        with pytest.raises(DataChanged, match="start="):
+            life.learn(rm.data.text(tmp_path / "b.txt"), where={"lora": {"rank": 4}})
+        life.learn(rm.data.text(tmp_path / "b.txt", start=1000), where={"lora": {"rank": 4}})
+        receipt = life.forget(rm.Request(entities=[rows[0]["entity"]]), by="gradient-ascent")
+        assert len(receipt.ids) == 5 and [event.kind for event in life.events] == ["learn", "learn", "forget"]
+    path = tmp_path / "plan.yaml"
+    path.write_text(json.dumps({
+        "model": {"causal-lm": {"name": str(folder)}}, "tokenizer": {"pretrained": {"name": str(folder)}}, "problem": PROBLEM,
+        "stream": {"text": {"paths": [str(tmp_path / "a.jsonl")], "test_share": 0.2}}, "events": [{"learn": 0}],
+    }))  # fmt: skip
+    with run_plan(path, tmp_path / "home") as life:
+        assert life.events[0].steps == 1 and life.tokenizer.get_vocab() == loaded.get_vocab()
+    with pytest.raises(BadInput, match="is no folder"):
+        rm.models.causal_lm(str(tmp_path / "nothing"))
+    with pytest.raises(BadInput, match="gives no causal language model"):
+        rm.models.causal_lm(str(tmp_path / "home"))
+
+
+def test_of_several_processes_only_the_first_writes_a_home_and_none_resumes(
+    tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from remanence.core.errors import Refused
+    from remanence.life import life as module
+
+    monkeypatch.setattr(module, "main", lambda: False)
+    with rm.Life(network(tok), tokenizer=tok, problem=PROBLEM, home=tmp_path / "home") as life:
+        assert life.home != tmp_path / "home" and not (tmp_path / "home").exists()
+    monkeypatch.setattr(module, "world", lambda: (0, 2))
+    with pytest.raises(Refused, match="not resumed by several processes"):
+        rm.Life.resume(tmp_path / "home", network(tok), tokenizer=tok)
+
+
+def test_the_membership_metric_tells_learned_rows_from_strangers(lived: Any) -> None:
+    values = lived._measured(lived._learned, [rm.measure.Membership()])["measures"]
+    assert values["membership"] > 0.8
