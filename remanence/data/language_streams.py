@@ -16,6 +16,7 @@ from remanence.core.rng import generator
 from remanence.data.digits import hold_out
 from remanence.data.examples import Examples
 from remanence.data.stream import Stream, Task
+from remanence.data.text import numbered
 
 #: What each event of a `vertical` stream is, in the survey's words: `remanence.llm_taxonomy` has the same letters.
 STAGES = ("CPT", "DAP", "CFT")
@@ -46,8 +47,8 @@ def vertical(
     for number, (part, stage) in enumerate(zip(parts, STAGES, strict=True)):
         if not len(part):
             raise BadInput(f"vertical: the stage {stage} ({part.source}) has no rows")
-        test = None if tests is None else _numbered(tests[number], 2 * number + 1)
-        made.append(Task(*hold_out(_numbered(part, 2 * number), test, test_share, seed), id=number))
+        test = None if tests is None else numbered(tests[number], 2 * number + 1)
+        made.append(Task(*hold_out(numbered(part, 2 * number), test, test_share, seed), id=number))
     _distinct("vertical", made)
     return Stream(tuple(made), "domain", name="vertical")
 
@@ -125,12 +126,6 @@ def _sizes(examples: Examples) -> Tensor:
     if not bool(found.any()):
         raise BadInput("horizontal: budget='characters' needs texts or tokens")
     return found.clamp(min=1)
-
-
-def _numbered(table: Examples, number: int) -> Examples:
-    if not table.positional:
-        return table
-    return Examples(table.columns, table.source, table.id + number * 2**32, table.views, positional=True)
 
 
 def _distinct(name: str, tasks: Sequence[Task]) -> None:

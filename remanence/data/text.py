@@ -122,8 +122,8 @@ def text_stream(
         )
     tasks = []
     for number, path in enumerate(paths):
-        train = _numbered(text(path, columns, limit), 2 * number)
-        test = None if tests is None else _numbered(text(tests[number], columns, limit), 2 * number + 1)
+        train = numbered(text(path, columns, limit), 2 * number)
+        test = None if tests is None else numbered(text(tests[number], columns, limit), 2 * number + 1)
         tasks.append(Task(*hold_out(train, test, test_share, seed), id=number))
     ids = [id for task in tasks for part in (task.train, task.test) for id in part.id.tolist()]
     if len(set(ids)) < len(ids):
@@ -133,10 +133,11 @@ def text_stream(
     return Stream(tuple(tasks), "domain", name="text")
 
 
-def _numbered(table: Examples, number: int) -> Examples:
+def numbered(table: Examples, number: int) -> Examples:
+    """`table`, its row numbers counted from a place of its own among several tables; ids of its own stay."""
     if not table.positional:
         return table
-    return Examples(table.columns, table.source, table.id + number * 2**32, positional=True)
+    return Examples(table.columns, table.source, table.id + number * 2**32, table.views, positional=True)
 
 
 class _Layout:
